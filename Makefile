@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up all they need: a virtual environment of their own,
+# made anew when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= auto
+
+PY := $(VENV)/bin/python
+DONE := $(VENV)/.installed
+
+.PHONY: demo test lint types format bench accuracy notebook clean
+
+demo: $(DONE)
+	$(PY) examples/train_digits.py
+
+test: $(DONE) lint types
+	$(PY) -m pytest -n $(WORKERS)
+
+lint: $(DONE)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(DONE)
+	$(PY) -m mypy
+
+format: $(DONE)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(DONE)
+	$(PY) benchmarks/run.py
+
+accuracy: $(DONE)
+	$(PY) benchmarks/accuracy.py
+
+notebook: $(DONE)
+	$(PY) notebooks/execute.py
+
+$(DONE): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	"normjax needs Python 3.11 or newer. Got %d.%d. Type: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,171 @@
+"""Axis words: canonical axes, complement, groups, and vectors laid along axes."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from normjax import _check
+
+Axes = int | Sequence[int]
+
+
+def canonical(name: str, axis: Axes, ndim: int, what: str = "axis") -> tuple[int, ...]:
+    """Returns ``axis`` as axes counted from the front, in the order given."""
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
+        raise _check.error(
+            TypeError,
+            name,
+            f"{what} must be an integer or several",
+            f"{what}={axis!r}",
+            f"Pass {what}=-1, say",
+        )
+    if any(not -ndim <= a < ndim for a in axes):
+        raise _check.error(
+            ValueError,
+            name,
+            f"{what} must lie in [{-ndim}, {ndim}), since x has {ndim} axes",
+            f"{what}={axis}",
+            f"Pass {what}=-1, say",
+        )
+    found = tuple(int(a) % ndim for a in axes)
+    if len(set(found)) != len(found):
+        raise _check.error(
+            ValueError,
+            name,
+            f"{what} must name each axis once",
+            f"{what}={axis} for {ndim} axes",
+            f"Pass {what}={tuple(dict.fromkeys(found))}",
+        )
+    return found
+
+
+def others(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """Returns the axes that are not in ``axes``."""
+    return tuple(a for a in range(ndim) if a not in axes)
+
+
+def space(
+    name: str, axis: Axes | None, features: tuple[int, ...], ndim: int
+) -> tuple[int, ...]:
+    """Returns ``axis``, or all axes but the features and the batch, which leads."""
+    if axis is None:
+        return others(features, ndim)[1:]
+    axes = canonical(name, axis, ndim)
+    if set(axes) & set(features):
+        raise _check.error(
+            ValueError,
+            name,
+            "axis, the axes reduced, must not contain a feature axis",
+            f"axis={axis}, feature axes {features} of {ndim}",
+            f"Pass axis={tuple(a for a in axes if a not in features)}",
+        )
+    return axes
+
+
+def lay(
+    name: str, what: str, v: Any, axes: tuple[int, ...], shape: tuple[int, ...]
+) -> jax.Array | None:
+    """Returns ``v`` with the rank of x, ready to broadcast against it.
+
+    A ``v`` whose rank is the number of ``axes`` lies along those axes in order; any
+    other must have the rank of x already. Nothing is guessed beyond that: ``[C]`` on
+    ``[N, C, H, C]`` must not scale the wrong axis.
+    """
+    if v is None:
+        return None
+    v = jnp.asarray(v)
+    if not jnp.issubdtype(v.dtype, jnp.floating):
+        raise _check.error(
+            TypeError,
+            name,
+            f"{what} must be floating",
+            f"{what}.dtype={v.dtype}",
+            f"Pass {what}.astype(jnp.float32)",
+        )
+    along = tuple(shape[a] for a in axes)
+    if v.shape == along:
+        order = sorted(range(len(axes)), key=lambda i: axes[i])
+        v = v if order == list(range(len(axes))) else v.transpose(order)
+        return v.reshape([n if a in axes else 1 for a, n in enumerate(shape)])
+    if v.ndim == len(shape) and all(
+        n in (1, m) for n, m in zip(v.shape, shape, strict=True)
+    ):
+        return v
+    raise _check.error(
+        ValueError,
+        name,
+        f"{what} must have shape {along}, to lie along axes {axes} of x, or the rank"
+        " of x and broadcast to it",
+        f"{what}.shape={v.shape}, x.shape={shape}",
+        f"Reshape {what}, or pass the axes that it lies along",
+    )
+
+
+def divide(name: str, num_groups: Any, features: tuple[int, ...], shape: Any) -> int:
+    """Returns ``num_groups`` if it divides the features of an x of ``shape``."""
+    size = math.prod(features)
+    if not hasattr(num_groups, "__index__") or isinstance(num_groups, bool):
+        raise _check.error(
+            TypeError,
+            name,
+            "num_groups must be an integer",
+            f"num_groups={num_groups!r}",
+            "Pass num_groups=32, say",
+        )
+    if num_groups < 1 or size % num_groups:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        below = [d for d in divisors if d < num_groups][-1:]
+        above = [d for d in divisors if d > num_groups][:1]
+        nearest = " or ".join(map(str, below + above)) or "none, there are no features"
+        raise _check.error(
+            ValueError,
+            name,
+            "num_groups must divide the number of features",
+            f"num_groups={num_groups}, x.shape={shape}",
+            f"Nearest: {nearest}",
+        )
+    return int(num_groups)
+
+
+def split_groups(a: jax.Array, axes: tuple[int, ...], num_groups: int) -> jax.Array:
+    """Gathers ``axes`` of a small array into two last ones, (groups, members)."""
+    features = math.prod(a.shape[x] for x in axes)
+    rest = others(axes, a.ndim)
+    shape = [*(a.shape[x] for x in rest), num_groups, features // num_groups]
+    return _whole(a, axes).transpose(rest + axes).reshape(shape)
+
+
+def join_groups(
+    a: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """Undoes `split_groups`: gives each member, of ``shape``, its group's value."""
+    rest = others(axes, len(shape))
+    order = rest + axes
+    features = math.prod(shape[x] for x in axes)
+    a = jnp.broadcast_to(a, (*a.shape[:-1], features // a.shape[-2]))
+    inverse = tuple(order.index(x) for x in range(len(shape)))
+    return a.reshape([shape[x] for x in order]).transpose(inverse)
+
+
+def _whole(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Gathers a small array along ``axes`` where an explicit mesh shards them.
+
+    An explicit mesh refuses to split a sharded axis whose shards are not whole groups.
+    """
+    sharding = jax.typeof(a).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return a
+    spec = [None if i in axes else s for i, s in enumerate(sharding.spec)]
+    if spec == list(sharding.spec):
+        return a
+    return jax.sharding.reshard(a, PartitionSpec(*spec))
+
+
+def features_of(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Undoes `lay`: drops the axes of size 1, leaving ``axes`` in their order."""
+    return a.transpose(others(axes, a.ndim) + axes).reshape([a.shape[x] for x in axes])

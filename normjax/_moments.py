@@ -1,0 +1,362 @@
+"""Moments: take them, merge them, and merge them across devices.
+
+This is the only file that talks to named device axes.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax import _axes, _check
+
+# Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
+# row for each device; above, in two all-reduces of one row each.
+ONE_ALL_REDUCE_BYTES = 256 * 1024
+
+# Counts are added in two limbs, multiples of this and the rest, so that float32 holds
+# their sums exactly far beyond its 2**24.
+_LIMB = 4096
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """How many values there were, their mean, and their mean squared distance from it.
+
+    ``var`` is the biased variance, ``sum(|x - mean|**2) / count``; the unbiased one is
+    ``var * count / (count - 1)``. Uncentered moments (`rms_norm`) have mean 0 and
+    ``var = sum(|x|**2) / count``. Where nothing was counted, count is 0, mean 0, var 1.
+
+    Attributes:
+      count: how many values were counted, real, at least float32.
+      mean: their mean, of the same shape.
+      var: their biased variance, real, of the same shape.
+      carry: what the dtype of ``count`` could not hold: ``count + carry`` is exact in a
+        stream of any length, where float32 alone would stop at 2**24.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0], [5.0, 4.0]])
+      >>> normjax.moments(x, axis=0).mean
+      Array([[3., 4.]], dtype=float32)
+      >>> first, rest = normjax.moments(x[:1], 0), normjax.moments(x[1:], 0)
+      >>> first.merge(rest).mean
+      Array([[3., 4.]], dtype=float32)
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    var: jax.Array
+    carry: jax.Array | float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the mean."""
+        return jnp.shape(self.mean)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Returns the moments of both sets of values together.
+
+        The merge of Chan, Golub and LeVeque
+        (http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf): exact,
+        associative, and with moments of count 0 as its identity.
+
+        Args:
+          other: moments of the same shape as these.
+
+        Returns:
+          The merged moments, of the same shape.
+
+        Raises:
+          ValueError: if the shapes differ.
+
+        Example:
+          >>> import jax.numpy as jnp, normjax
+          >>> m = normjax.moments(jnp.array([1.0, 2.0, 3.0]), 0)
+          >>> n = normjax.moments(jnp.array([5.0]), 0)
+          >>> m.merge(n).count, m.merge(n).var
+          (Array([4.], dtype=float32), Array([2.1875], dtype=float32))
+        """
+        if self.shape != other.shape:
+            raise _check.error(
+                ValueError,
+                "Moments.merge",
+                "both moments must have one shape",
+                f"shapes {self.shape} and {other.shape}",
+                "Take both over the same axes",
+            )
+        both = jax.tree.map(
+            lambda a, b: jnp.stack([a, b]), _filled(self), _filled(other)
+        )
+        merged = _first(merge(both, 0))
+        # Two limbs end somewhere; the sum of two with its exact rounding error does not.
+        count = self.count + other.count
+        part = count - self.count
+        lost = (self.count - (count - part)) + (other.count - part)
+        return dataclasses.replace(
+            merged, count=count, carry=lost + both.carry[0] + both.carry[1]
+        )
+
+
+def _filled(m: Moments) -> Moments:
+    """Gives a carry that a caller left out the shape of the count."""
+    return dataclasses.replace(
+        m, carry=jnp.broadcast_to(jnp.asarray(m.carry, m.count.dtype), m.count.shape)
+    )
+
+
+def _first(m: Moments) -> Moments:
+    return jax.tree.map(lambda a: a[0], m)
+
+
+class Reduction(NamedTuple):
+    """Over what moments are taken; static, one for each call of a norm.
+
+    Attributes:
+      axes: axes of x that are summed over.
+      group_axes: feature axes whose moments are merged within groups, or ().
+      num_groups: into how many groups; 0 where group_axes is ().
+      names: device axes over which moments are merged.
+      centered: whether the variance is about the mean, or about zero.
+    """
+
+    axes: tuple[int, ...]
+    group_axes: tuple[int, ...] = ()
+    num_groups: int = 0
+    names: tuple = ()
+    centered: bool = True
+
+
+def statistics_dtype(x: jax.Array, dtype: Any = None) -> Any:
+    """The dtype statistics accumulate in: float32 or what x or y have beyond it."""
+    dtypes = [jnp.dtype(jnp.float32), x.dtype, x.dtype if dtype is None else dtype]
+    return max(dtypes, key=lambda d: jnp.finfo(d).bits)
+
+
+def own(a: jax.Array) -> jax.Array:
+    """Gives a consumer its own copy of a small array.
+
+    XLA on a CPU stores an expression that two consumers share, though it has the size
+    of x and costs less to compute again. With a copy of the small operand for each, the
+    expressions differ, and nothing of the size of x is stored.
+    """
+    return lax.optimization_barrier(a)
+
+
+def counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Zeroes what does not count, so that NaN there leaves no trace."""
+    return x if where is None else jnp.where(where, x, jnp.zeros_like(x))
+
+
+def divided(total: jax.Array, count: jax.Array, empty: float = 0.0) -> jax.Array:
+    """``total / count``, and ``empty`` where nothing was counted."""
+    quotient = total / jnp.where(count > 0, count, 1)
+    return jnp.where(count > 0, quotient, jnp.asarray(empty, quotient.dtype))
+
+
+def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
+    """Takes the moments of x, to broadcast against x.
+
+    First over the axes, channel by channel; then channels merge into groups, and
+    devices into one batch. Merging is 3 to 5 times faster for groups than reducing the
+    view of x as [..., groups, members].
+    """
+    m = _local(x, where, r, dtype)
+    if r.group_axes:
+        members = jax.tree.map(
+            lambda a: _axes.split_groups(a, r.group_axes, r.num_groups), m
+        )
+        m = merge(members, -1)
+    if r.names:
+        m = _across_devices(m, r, even=where is None)
+    if r.group_axes:
+        shape = tuple(1 if a in r.axes else n for a, n in enumerate(x.shape))
+        m = jax.tree.map(lambda a: _axes.join_groups(a, r.group_axes, shape), m)
+    return m
+
+
+def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
+    """Moments over r.axes in two passes: the mean, then distances from it.
+
+    E[x**2] - E[x]**2 takes one pass and loses all digits when mean / std is large.
+    """
+
+    def total(a):
+        return a.sum(r.axes, keepdims=True)
+
+    x = counted(x, where).astype(dtype)
+    count, carry = _count(x, where, r.axes, dtype)
+    if not r.centered:
+        var = divided(total(jnp.square(x)), count, empty=1.0)
+        return Moments(count, jnp.zeros_like(var), var, carry)
+    mean = divided(total(x), count)
+    var = divided(total(jnp.square(counted(x - own(mean), where))), count, empty=1.0)
+    return Moments(count, mean, var, carry)
+
+
+def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: Any):
+    """Counts values, as (count, carry) with the shape of the moments."""
+    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+    if where is None:
+        n = math.prod(x.shape[a] for a in axes)
+        count = jnp.asarray(n, dtype)
+        carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
+        return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
+    n = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=jnp.int32)
+    count = n.astype(dtype)
+    return count, (n - count.astype(jnp.int32)).astype(dtype)
+
+
+def merge(m: Moments, axis: int) -> Moments:
+    """Merges an array of moments along an axis.
+
+    What `Moments.merge` does to two, for any number: channels of a group, devices of a
+    global batch, batches of a population.
+
+    Args:
+      m: moments of shape ``[..., K, ...]``.
+      axis: the axis of length K to merge along.
+
+    Returns:
+      Moments of shape ``[..., 1, ...]``.
+
+    Raises:
+      ValueError: if ``m`` has no such axis.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> by_channel = normjax.moments(jnp.array([[1.0, 2.0], [3.0, 6.0]]), axis=0)
+      >>> normjax.merge(by_channel, axis=1).mean
+      Array([[3.]], dtype=float32)
+    """
+    (axis,) = _axes.canonical("merge", axis, len(m.shape))
+    m = _filled(m)
+    count, carry = _join_limbs(*(a.sum(axis, keepdims=True) for a in _limbs(m)))
+    share = divided(m.count, count)
+    mean = (share * m.mean).sum(axis, keepdims=True)
+    spread = m.var + jnp.square(m.mean - mean)
+    # Moments of nothing have var 1; their share is 0.
+    var = (share * spread).sum(axis, keepdims=True)
+    return Moments(count, mean, jnp.where(count > 0, var, jnp.ones_like(var)), carry)
+
+
+def _limbs(m: Moments) -> tuple[jax.Array, jax.Array]:
+    low = jnp.mod(m.count, _LIMB)
+    return m.count - low, low + m.carry
+
+
+def _join_limbs(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    count = high + low
+    return count, low - (count - high)
+
+
+def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
+    """Merges the moments of all devices along r.names.
+
+    Exactly, where a plain psum of (count, sum, sum of squares) would be as unsafe as
+    E[x**2] - E[x]**2: each device writes its moments into its own row of zeros, one
+    psum fills all rows everywhere, and the rows are merged. Counts that are even, the
+    same on each device, need not travel.
+    """
+    size = lax.axis_size(r.names)
+    rows = [m.mean, m.var] if r.centered else [m.var]
+    if not even:
+        rows += [m.count, m.carry]
+    buffer = jnp.stack(rows)
+    if size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES:
+        return _across_devices_twice(m, r, even)
+    mine = jnp.arange(size) == lax.axis_index(r.names)
+    mine = mine.reshape(size, *(1 for _ in buffer.shape))
+    buffer = lax.psum(
+        jnp.where(mine, buffer[None], jnp.zeros_like(buffer)[None]), r.names
+    )
+    rows = [buffer[:, i] for i in range(buffer.shape[1])]
+    if even:
+        rows += [jnp.broadcast_to(a, rows[0].shape) for a in (m.count, m.carry)]
+    if not r.centered:
+        rows.insert(0, jnp.zeros_like(rows[0]))
+    mean, var, count, carry = rows
+    return _first(merge(Moments(count, mean, var, carry), 0))
+
+
+def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
+    """`_across_devices` for large moments: the means first, then distances from them."""
+    high, low = _limbs(m)
+    if even:
+        size = lax.axis_size(r.names)
+        mean = lax.psum(m.mean / size, r.names)
+        count, carry = _join_limbs(high * size, low * size)
+    else:
+        total, high, low = lax.psum(jnp.stack([m.mean * m.count, high, low]), r.names)
+        count, carry = _join_limbs(high, low)
+        mean = divided(total, count)
+    spread = m.count * (m.var + jnp.square(m.mean - mean))
+    return Moments(count, mean, divided(lax.psum(spread, r.names), count, 1.0), carry)
+
+
+def average(terms: list, m: Moments, r: Reduction) -> list:
+    """Averages terms of the shape of x over a reduction, all in one all-reduce.
+
+    Each average broadcasts against x, as the moments do; 0 where nothing was counted.
+    """
+    terms = [t.sum(r.axes, keepdims=True) for t in terms]
+    shape = terms[0].shape
+    if r.group_axes:
+        terms = [
+            _axes.split_groups(t, r.group_axes, r.num_groups).sum(-1, keepdims=True)
+            for t in terms
+        ]
+    if r.names:
+        terms = list(lax.psum(jnp.stack(terms), r.names))
+    if r.group_axes:
+        terms = [_axes.join_groups(t, r.group_axes, shape) for t in terms]
+    return [divided(t, m.count) for t in terms]
+
+
+def moments(
+    x: Any,
+    axis: _axes.Axes,
+    *,
+    where: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+) -> Moments:
+    """Takes the moments of ``x`` over ``axis``.
+
+    ``mean = sum(x) / count``, ``var = sum((x - mean)**2) / count``, in two passes and in
+    at least float32, so that they are right for data far from zero.
+
+    Args:
+      x: ``[...]``, floating.
+      axis: the axes reduced; they are kept with size 1.
+      where: boolean, broadcasts to ``x``: which values count. None: all.
+      axis_name: device axes, one or several, over which the moments are merged, exactly
+        and weighted by count.
+      axis_index_groups: sub-groups of devices; not supported yet.
+
+    Returns:
+      `Moments` of the shape of ``x`` with the reduced axes of size 1.
+
+    Raises:
+      TypeError: if ``x`` is not floating or ``where`` not boolean.
+      ValueError: if an axis is out of range or given twice, ``where`` does not broadcast
+        or has one axis less than ``x``, or an axis name is not bound.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> m = normjax.moments(jnp.array([[1.0, 2.0, 3.0, 9.0]]), axis=-1)
+      >>> m.count, m.mean, m.var
+      (Array([[4.]], dtype=float32), Array([[3.75]], dtype=float32), Array([[9.6875]], dtype=float32))
+    """
+    name = "moments"
+    x = _check.floating(name, x)
+    r = Reduction(
+        axes=_axes.canonical(name, axis, x.ndim),
+        names=_check.axis_names(name, axis_name, axis_index_groups),
+    )
+    where = _check.where(name, where, x.shape)
+    return take(x, where, r, statistics_dtype(x))

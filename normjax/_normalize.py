@@ -1,0 +1,182 @@
+"""The formula ``y = scale * (x - mean) / sqrt(var + epsilon) + bias``, two doors to it,
+and its derivative.
+
+`standardize` takes the moments of x itself and carries the one hand-written rule.
+`normalize` is given its moments, which do not depend on x, and needs none.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax import _axes, _check, _moments
+from normjax._moments import Moments, Reduction, average, counted, own
+
+
+def _rstd(var: jax.Array, epsilon: float) -> jax.Array:
+    return lax.rsqrt(var + jnp.asarray(epsilon, var.dtype))
+
+
+def _small(x: jax.Array, *operands: jax.Array | None) -> bool:
+    """Whether the operands together broadcast to less than the shape of x."""
+    shapes = [a.shape for a in operands if a is not None]
+    return jnp.broadcast_shapes(*shapes) != x.shape
+
+
+def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
+    """The formula, in the dtype of the moments; y is zero where nothing counts."""
+    stat = m.var.dtype
+    y = counted(x, where).astype(stat)
+    if centered:
+        y = y - own(m.mean)
+    factor = _rstd(m.var, epsilon)
+    if scale is not None:
+        if _small(x, factor, scale):
+            factor = factor * scale.astype(stat)
+        else:
+            y, factor = y * factor, scale.astype(stat)
+    y = y * factor
+    if bias is not None:
+        y = y + bias.astype(stat)
+    return counted(y.astype(dtype), where)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any):
+    """Normalizes x by its own moments, over the reduction r.
+
+    Args:
+      x: floating, of rank 1 or more.
+      scale, bias: None, or of the rank of x, broadcasting to it.
+      where: None, or boolean, of the rank of x, broadcasting to it.
+      r: over what the moments are taken.
+      epsilon: added to the variance.
+      dtype: of y.
+
+    Returns:
+      y and the moments, which broadcast against x. Both may be differentiated, in
+      forward and reverse mode, to any order.
+    """
+    m = _moments.take(x, where, r, _moments.statistics_dtype(x, dtype))
+    return _apply(x, m, scale, bias, where, epsilon, r.centered, dtype), m
+
+
+@standardize.defjvp
+def _standardize_jvp(r, epsilon, dtype, primals, tangents):
+    x, scale, bias, where = primals
+    y, m = standardize(x, scale, bias, where, r, epsilon, dtype)
+    tangent = functools.partial(_tangent, r, epsilon, dtype)
+    # A checkpoint keeps for the backward pass just what the map is given: x in its own
+    # dtype, the mask, the moments and the parameters. The barrier of prevent_cse keeps
+    # XLA from sharing, and so storing, what forward and backward both compute.
+    tangent = jax.checkpoint(tangent, prevent_cse=True)
+    y_dot, mean_dot, var_dot = tangent(x, scale, bias, where, m, *tangents[:3])
+    nothing = jnp.zeros_like(m.count)
+    return (y, m), (y_dot, Moments(nothing, mean_dot, var_dot, nothing))
+
+
+def _tangent(r, epsilon, dtype, x, scale, bias, where, m, x_dot, scale_dot, bias_dot):
+    """The derivative, as a map that is linear in its last three arguments.
+
+        a     = <x_dot>                    mean_dot = a
+        c     = <x_hat * x_dot>            var_dot  = 2 c / rstd
+        y_dot = scale * rstd * (x_dot - a - x_hat * c) + x_hat * scale_dot + bias_dot
+
+    where <.> averages over the reduced axes and the devices, and an uncentered norm has
+    no a. JAX transposes the map, and that is reverse mode.
+    """
+    stat = m.var.dtype
+    x = counted(x, where).astype(stat)
+    x_dot = counted(x_dot, where).astype(stat)
+
+    def x_hat():  # one for each use, with its own copies: see `own`
+        centered = x - own(m.mean) if r.centered else x
+        return counted(centered * _rstd(own(m.var), epsilon), where)
+
+    averages = average([x_hat() * x_dot, *([x_dot] if r.centered else [])], m, r)
+    c = averages[0]
+    a = averages[1] if r.centered else jnp.zeros_like(c)
+    rstd = _rstd(m.var, epsilon)
+    if scale is not None:
+        scale, scale_dot = scale.astype(stat), scale_dot.astype(stat)
+    if bias is not None:
+        bias_dot = bias_dot.astype(stat)
+    if scale is None or _small(x, rstd, scale):
+        # Of x_dot, x_hat and 1, the coefficients first, at their small shape: the
+        # transpose then needs just the two sums that dscale and dbias are anyway.
+        of_x_dot = rstd if scale is None else scale * rstd
+        of_x_hat = -of_x_dot * c if scale is None else scale_dot - of_x_dot * c
+        of_one = -of_x_dot * a if bias is None else bias_dot - of_x_dot * a
+        y_dot = of_x_dot * x_dot + x_hat() * of_x_hat
+        if r.centered or bias is not None:
+            y_dot = y_dot + of_one
+    else:
+        inner = x_dot - a if r.centered else x_dot
+        y_dot = scale * (rstd * (inner - x_hat() * c)) + x_hat() * scale_dot
+        if bias is not None:
+            y_dot = y_dot + bias_dot
+    return counted(y_dot.astype(dtype), where), a, 2 * c / rstd
+
+
+def normalize(
+    x: Any,
+    moments: Moments,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    epsilon: float,
+    feature_axis: _axes.Axes = -1,
+    where: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes ``x`` by moments that are given.
+
+    ``y = scale * (x - mean) / sqrt(var + epsilon) + bias``. The moments count as
+    independent of ``x``, so that the gradient needs no reduction: inference, frozen
+    statistics, moments of another batch. Where they are those of ``x`` itself and carry
+    gradients (``normalize(x, moments(x, axis))``), the gradient is the full one.
+
+    Args:
+      x: ``[...]``, floating.
+      moments: of the rank of ``x``, broadcasting to it, or with the features' shape.
+      scale: None, the features' shape, or of the rank of ``x``, broadcasting to it.
+      bias: as ``scale``.
+      epsilon: added to the variance; above zero.
+      feature_axis: the axes, one or several, along which a vector of features lies.
+      where: boolean, broadcasts to ``x``; ``y`` is zero where it is False.
+      dtype: of ``y``; None for that of ``x``.
+
+    Returns:
+      y, of the shape of ``x``.
+
+    Raises:
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      ValueError: if shapes, axes or epsilon do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> m = normjax.Moments(jnp.ones(2), mean=jnp.array([1.0, 2.0]), var=jnp.ones(2))
+      >>> normjax.normalize(jnp.array([[2.0, 4.0]]), m, epsilon=1e-6)
+      Array([[0.9999995, 1.999999 ]], dtype=float32)
+    """
+    name = "normalize"
+    x = _check.floating(name, x)
+    axes = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
+    where = _check.where(name, where, x.shape)
+    dtype = _check.output_dtype(name, dtype, x)
+    stat = _moments.statistics_dtype(x, dtype)
+    mean, var, scale, bias = (
+        _axes.lay(name, what, v, axes, x.shape)
+        for what, v in [
+            ("moments.mean", moments.mean),
+            ("moments.var", moments.var),
+            ("scale", scale),
+            ("bias", bias),
+        ]
+    )
+    m = Moments(jnp.ones_like(var), mean.astype(stat), var.astype(stat))
+    epsilon = _check.epsilon(name, epsilon, stat)
+    return _apply(x, m, scale, bias, where, epsilon, True, dtype)

@@ -1,0 +1,306 @@
+"""Batch, layer, rms, group and instance norm: choose axes, call standardize."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from normjax import _axes, _check, _moments
+from normjax._moments import Moments, Reduction
+from normjax._normalize import normalize, standardize
+
+
+def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype):
+    """Checks what all norms have in common, and standardizes."""
+    dtype = _check.output_dtype(name, dtype, x)
+    epsilon = _check.epsilon(name, epsilon, _moments.statistics_dtype(x, dtype))
+    where = _check.where(name, where, x.shape)
+    scale = _axes.lay(name, "scale", scale, along, x.shape)
+    bias = _axes.lay(name, "bias", bias, along, x.shape)
+    return standardize(x, scale, bias, where, r, epsilon, dtype)
+
+
+def batch_norm(
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    feature_axis: _axes.Axes = -1,
+    epsilon: float = 1e-5,
+    where: Any = None,
+    moments: Moments | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalizes each feature over the batch and space.
+
+    ``y = scale * (x - mean) / sqrt(var + epsilon) + bias`` with the moments over all
+    axes but ``feature_axis``: batch normalization, https://arxiv.org/abs/1502.03167.
+    With ``axis_name`` the moments are those of the batch of all devices together.
+
+    Args:
+      x: ``[N, ..., C]``, floating.
+      scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
+      bias: as ``scale``.
+      feature_axis: the axes, one or several, that own the parameters.
+      epsilon: added to the variance; above zero.
+      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      moments: moments ``[C]`` to normalize by instead of those of ``x``: those of
+        `RunningMoments.read`, say. They count as independent of ``x``.
+      axis_name: device axes, one or several, to sync the moments over, weighted by
+        count. Under jit over sharded arrays they are synced without it.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+
+    Returns:
+      y, of the shape of ``x``, and the `Moments` that normalized it, ``[C]``.
+
+    Raises:
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      ValueError: if axes, shapes, epsilon or axis names do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+      >>> y, m = normjax.batch_norm(x, jnp.ones(2), jnp.zeros(2))
+      >>> m.mean, m.var
+      (Array([2., 4.], dtype=float32), Array([1., 4.], dtype=float32))
+    """
+    name = "batch_norm"
+    x = _check.floating(name, x)
+    along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
+    names = _check.axis_names(name, axis_name, axis_index_groups)
+    if moments is not None:
+        y = normalize(
+            x,
+            moments,
+            scale,
+            bias,
+            epsilon=epsilon,
+            feature_axis=along,
+            where=where,
+            dtype=dtype,
+        )
+        return y, moments
+    r = Reduction(_axes.others(along, x.ndim), names=names)
+    y, m = _norm(
+        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+    )
+    return y, jax.tree.map(lambda a: _axes.features_of(a, along), m)
+
+
+def layer_norm(
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    axis: _axes.Axes = -1,
+    epsilon: float = 1e-6,
+    where: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes each sample over its features.
+
+    ``y = scale * (x - mean) / sqrt(var + epsilon) + bias`` with the moments over
+    ``axis``: layer normalization, https://arxiv.org/abs/1607.06450.
+
+    Args:
+      x: ``[..., C]``, floating.
+      scale: of the shape of ``x`` along ``axis``, or of the rank of ``x`` and
+        broadcasting to it, or None.
+      bias: as ``scale``.
+      axis: the axes reduced, one or several.
+      epsilon: added to the variance; above zero.
+      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      axis_name: device axes over which ``axis`` is divided, if it is.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+
+    Returns:
+      y, of the shape of ``x``.
+
+    Raises:
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      ValueError: if axes, shapes, epsilon or axis names do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> normjax.layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2))
+      Array([[-0.9999995,  0.9999995]], dtype=float32)
+    """
+    name = "layer_norm"
+    x = _check.floating(name, x)
+    along = _axes.canonical(name, axis, x.ndim)
+    r = Reduction(along, names=_check.axis_names(name, axis_name, axis_index_groups))
+    return _norm(
+        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+    )[0]
+
+
+def rms_norm(
+    x: Any,
+    scale: Any = None,
+    *,
+    axis: _axes.Axes = -1,
+    epsilon: float = 1e-6,
+    where: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Divides each sample by the root of the mean square of its features.
+
+    ``y = scale * x / sqrt(mean(x**2) + epsilon)``: root mean square layer
+    normalization, https://arxiv.org/abs/1910.07467.
+
+    Args:
+      x: ``[..., C]``, floating.
+      scale: of the shape of ``x`` along ``axis``, or of the rank of ``x`` and
+        broadcasting to it, or None.
+      axis: the axes reduced, one or several.
+      epsilon: added to the mean square; above zero.
+      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      axis_name: device axes over which ``axis`` is divided, if it is.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+
+    Returns:
+      y, of the shape of ``x``.
+
+    Raises:
+      TypeError: if ``x`` or ``scale`` is not floating, or ``where`` not boolean.
+      ValueError: if axes, shapes, epsilon or axis names do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> normjax.rms_norm(jnp.array([[1.0, -1.0]]), jnp.array([1.0, 2.0]))
+      Array([[ 0.9999995, -1.999999 ]], dtype=float32)
+    """
+    name = "rms_norm"
+    x = _check.floating(name, x)
+    along = _axes.canonical(name, axis, x.ndim)
+    names = _check.axis_names(name, axis_name, axis_index_groups)
+    r = Reduction(along, names=names, centered=False)
+    return _norm(
+        name, x, scale, None, along, r, epsilon=epsilon, where=where, dtype=dtype
+    )[0]
+
+
+def group_norm(
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    num_groups: int,
+    axis: _axes.Axes | None = None,
+    feature_axis: _axes.Axes = -1,
+    epsilon: float = 1e-6,
+    where: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes each sample over space and over groups of its features.
+
+    ``y = scale * (x - mean) / sqrt(var + epsilon) + bias`` with the moments of each
+    group of ``C / num_groups`` neighbouring features: group normalization,
+    https://arxiv.org/abs/1803.08494.
+
+    Args:
+      x: ``[N, ..., C]``, floating.
+      scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
+      bias: as ``scale``.
+      num_groups: how many groups; divides the number of features.
+      axis: the axes of space, reduced whole. None: all but the
+        first axis that is not a feature axis, the batch.
+      feature_axis: the axes, one or several, that own the parameters.
+      epsilon: added to the variance; above zero.
+      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      axis_name: device axes over which space or features are divided, if they are;
+        ``num_groups`` are the groups of one device.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+
+    Returns:
+      y, of the shape of ``x``.
+
+    Raises:
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      ValueError: if ``num_groups`` does not divide, or axes, shapes, epsilon or axis
+        names do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> normjax.group_norm(jnp.array([[1.0, 3.0, 2.0, 6.0]]), num_groups=2)
+      Array([[-0.9999995 ,  0.9999995 , -0.99999994,  0.99999994]],      dtype=float32)
+    """
+    name = "group_norm"
+    x = _check.floating(name, x)
+    along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
+    features = tuple(x.shape[a] for a in along)
+    num_groups = _axes.divide(name, num_groups, features, x.shape)
+    names = _check.axis_names(name, axis_name, axis_index_groups)
+    space = _axes.space(name, axis, along, x.ndim)
+    r = Reduction(space, along, num_groups, names)
+    return _norm(
+        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+    )[0]
+
+
+def instance_norm(
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    axis: _axes.Axes | None = None,
+    feature_axis: _axes.Axes = -1,
+    epsilon: float = 1e-6,
+    where: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalizes each feature of each sample over space.
+
+    ``y = scale * (x - mean) / sqrt(var + epsilon) + bias`` with the moments over all
+    axes but the batch and ``feature_axis``: instance normalization,
+    https://arxiv.org/abs/1607.08022.
+
+    Args:
+      x: ``[N, ..., C]``, floating.
+      scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
+      bias: as ``scale``.
+      axis: the axes of space, reduced. None: all but the
+        first axis that is not a feature axis, the batch.
+      feature_axis: the axes, one or several, that own the parameters.
+      epsilon: added to the variance; above zero.
+      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      axis_name: device axes over which space is divided, if it is.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+
+    Returns:
+      y, of the shape of ``x``.
+
+    Raises:
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      ValueError: if axes, shapes, epsilon or axis names do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> x = jnp.array([[[1.0, 2.0], [3.0, 6.0]]])  # [N, S, C]
+      >>> normjax.instance_norm(x)
+      Array([[[-0.9999995 , -0.99999994],
+              [ 0.9999995 ,  0.99999994]]], dtype=float32)
+    """
+    name = "instance_norm"
+    x = _check.floating(name, x)
+    along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
+    names = _check.axis_names(name, axis_name, axis_index_groups)
+    r = Reduction(_axes.space(name, axis, along, x.ndim), names=names)
+    return _norm(
+        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+    )[0]

@@ -1,0 +1,418 @@
+"""Flax Linen modules that replace ``flax.linen``'s own by a change of import.
+
+Fields, defaults, call arguments, collections and the names, shapes and dtypes of
+variables are Flax's. What differs is deliberate: the variance is always the safe one,
+devices are weighted by what they count, outputs and gradients are zero under the mask.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Axes, Dtype, Initializer
+
+from normjax import _axes, _check, _module, _norms
+
+_ones = nn.initializers.ones
+_zeros = nn.initializers.zeros
+
+
+def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> dict:
+    """The arguments of a norm that all modules have; creates scale and bias.
+
+    Parameters lie along ``axes`` of x, with the rank of x. A named axis need not exist
+    while the module is initialized.
+    """
+    name = type(module).__name__
+    shape = tuple(x.shape[a] for a in axes)
+    parameters = {}
+    if module.use_scale:
+        parameters["scale"] = module.param(
+            "scale", module.scale_init, shape, module.param_dtype
+        )
+    if getattr(module, "use_bias", False):
+        parameters["bias"] = module.param(
+            "bias", module.bias_init, shape, module.param_dtype
+        )
+    dtype = _module.flax_dtype(module.dtype, x, *parameters.values())
+    return {
+        **{k: _axes.lay(name, k, v, axes, x.shape) for k, v in parameters.items()},
+        "epsilon": module.epsilon,
+        "where": _module.flax_mask(mask),
+        "axis_name": None if module.is_initializing() else module.axis_name,
+        "axis_index_groups": module.axis_index_groups,
+        "dtype": dtype,
+    }
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization, https://arxiv.org/abs/1502.03167.
+
+    Normalizes each feature over the batch and space, while training by the moments of
+    the batch, else by running statistics in the collection ``batch_stats``. Replaces
+    ``flax.linen.BatchNorm``. See `normjax.batch_norm`.
+
+    Attributes:
+      use_running_average: whether to normalize by the running statistics, and leave
+        them as they are. None: say it in the call.
+      axis: the axes, one or several, that own the parameters.
+      momentum: the part of the OLD running statistics that is kept at an update
+        (PyTorch's momentum is one minus it).
+      epsilon: added to the variance; above zero.
+      dtype: of the output; None for that of x with the parameters.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: device axes, one or several, over which statistics are synced. Under
+        jit over sharded arrays they are synced without it.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      use_fast_variance: accepted, and changes nothing: the variance is always safe.
+      force_float32_reductions: whether running statistics are stored in float32, or in
+        ``param_dtype``. Sums are taken in at least float32 always.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import linen
+      >>> norm = linen.BatchNorm(use_running_average=False, momentum=0.9)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = norm.init(jax.random.key(0), x)
+      >>> y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+      >>> updates["batch_stats"]["mean"]
+      Array([0.20000002], dtype=float32)
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = _zeros
+    scale_init: Initializer = _ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+    ) -> jax.Array:
+        """Normalizes ``x``, and updates the running statistics while training.
+
+        Args:
+          x: ``[N, ..., C]``, floating.
+          use_running_average: the field of the same name, for this call.
+          mask: broadcasts to ``x``, read as boolean: which values count. The output is
+            zero elsewhere.
+
+        Returns:
+          The output, of the shape of ``x``.
+
+        Raises:
+          ValueError: if ``batch_stats`` is not among the variables outside of init, or
+            shapes do not fit.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x = _check.floating("BatchNorm", x)
+        axes = _module.flax_axes("BatchNorm", self.axis, x.ndim, "axis")
+        features = [x.shape[a] for a in axes]
+        initializing = self.is_initializing()
+        if not initializing and not self.has_variable("batch_stats", "mean"):
+            raise _module.missing_statistics(self.path)
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, features, dtype)
+        running = mean.value, var.value
+        _module.check_statistics(running, features)
+
+        y, m = _norms.batch_norm(
+            x,
+            feature_axis=axes,
+            moments=_module.given(running) if use_running_average else None,
+            **_arguments(self, x, axes, mask),
+        )
+        if not use_running_average and not initializing:
+            mean.value, var.value = _module.update(running, m, self.momentum)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization, https://arxiv.org/abs/1607.06450.
+
+    Normalizes each sample over its features. Replaces ``flax.linen.LayerNorm``. See
+    `normjax.layer_norm`.
+
+    Attributes:
+      epsilon: added to the variance; above zero.
+      dtype: of the output; None for that of x with the parameters.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes reduced.
+      feature_axes: the axes that own the parameters.
+      axis_name: device axes over which the reduced axes are divided, if they are.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      use_fast_variance: accepted, and changes nothing: the variance is always safe.
+      force_float32_reductions: accepted; sums are taken in at least float32 always.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import linen
+      >>> x = jnp.array([[1.0, 3.0]])
+      >>> y, variables = linen.LayerNorm().init_with_output(jax.random.key(0), x)
+      >>> y
+      Array([[-0.9999995,  0.9999995]], dtype=float32)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = _zeros
+    scale_init: Initializer = _ones
+    reduction_axes: Axes = -1
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+        """Normalizes ``x``.
+
+        Args:
+          x: ``[..., C]``, floating.
+          mask: broadcasts to ``x``, read as boolean: which values count. The output is
+            zero elsewhere.
+
+        Returns:
+          The output, of the shape of ``x``.
+        """
+        x = _check.floating("LayerNorm", x)
+        axes = _module.flax_axes("LayerNorm", self.feature_axes, x.ndim, "feature_axes")
+        return _norms.layer_norm(
+            x,
+            axis=_module.flax_axes(
+                "LayerNorm", self.reduction_axes, x.ndim, "reduction_axes"
+            ),
+            **_arguments(self, x, axes, mask),
+        )
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalization, https://arxiv.org/abs/1910.07467.
+
+    Divides each sample by the root of the mean square of its features. Replaces
+    ``flax.linen.RMSNorm``. See `normjax.rms_norm`.
+
+    Attributes:
+      epsilon: added to the mean square; above zero.
+      dtype: of the output; None for that of x with the parameters.
+      param_dtype: of the parameters.
+      use_scale: whether there is a scale.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes reduced.
+      feature_axes: the axes that own the parameters.
+      axis_name: device axes over which the reduced axes are divided, if they are.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      use_fast_variance: accepted, and changes nothing: the variance is always safe.
+      force_float32_reductions: accepted; sums are taken in at least float32 always.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import linen
+      >>> x = jnp.array([[1.0, -1.0]])
+      >>> y, variables = linen.RMSNorm().init_with_output(jax.random.key(0), x)
+      >>> y
+      Array([[ 0.9999995, -0.9999995]], dtype=float32)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = _ones
+    reduction_axes: Axes = -1
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+        """Normalizes ``x``.
+
+        Args:
+          x: ``[..., C]``, floating.
+          mask: broadcasts to ``x``, read as boolean: which values count. The output is
+            zero elsewhere.
+
+        Returns:
+          The output, of the shape of ``x``.
+        """
+        x = _check.floating("RMSNorm", x)
+        axes = _module.flax_axes("RMSNorm", self.feature_axes, x.ndim, "feature_axes")
+        return _norms.rms_norm(
+            x,
+            axis=_module.flax_axes(
+                "RMSNorm", self.reduction_axes, x.ndim, "reduction_axes"
+            ),
+            **_arguments(self, x, axes, mask),
+        )
+
+
+class GroupNorm(nn.Module):
+    """Group normalization, https://arxiv.org/abs/1803.08494.
+
+    Normalizes each sample over space and over groups of its features. Replaces
+    ``flax.linen.GroupNorm``. See `normjax.group_norm`.
+
+    Attributes:
+      num_groups: how many groups; None if group_size is set.
+      group_size: how many features in a group; None if num_groups is set.
+      epsilon: added to the variance; above zero.
+      dtype: of the output; None for that of x with the parameters.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes reduced, the last one, of the features, among them. None:
+        all but the first.
+      axis_name: device axes over which space or features are divided, if they are.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      use_fast_variance: accepted, and changes nothing: the variance is always safe.
+      force_float32_reductions: accepted; sums are taken in at least float32 always.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import linen
+      >>> x = jnp.array([[1.0, 3.0, 2.0, 6.0]])
+      >>> y, variables = linen.GroupNorm(2).init_with_output(jax.random.key(0), x)
+      >>> y.shape
+      (1, 4)
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = _zeros
+    scale_init: Initializer = _ones
+    reduction_axes: Axes | None = None
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+        """Normalizes ``x``.
+
+        Args:
+          x: ``[N, ..., C]``, floating.
+          mask: broadcasts to ``x``, read as boolean: which values count. The output is
+            zero elsewhere.
+
+        Returns:
+          The output, of the shape of ``x``.
+
+        Raises:
+          ValueError: if the groups do not divide the features, or ``reduction_axes``
+            leaves out the last axis.
+        """
+        x = _check.floating("GroupNorm", x)
+        return _norms.group_norm(
+            x,
+            num_groups=_module.flax_groups(self.num_groups, self.group_size, x.shape),
+            axis=_module.flax_space(self.reduction_axes, x.ndim),
+            **_arguments(self, x, (x.ndim - 1,), mask),
+        )
+
+
+class InstanceNorm(nn.Module):
+    """Instance normalization, https://arxiv.org/abs/1607.08022.
+
+    Normalizes each feature of each sample over space. Replaces
+    ``flax.linen.InstanceNorm``. See `normjax.instance_norm`.
+
+    Attributes:
+      epsilon: added to the variance; above zero.
+      dtype: of the output; None for that of x with the parameters.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      feature_axes: the axes that own the parameters; not the first, which is the batch.
+      axis_name: device axes over which space is divided, if it is.
+      axis_index_groups: sub-groups of devices; not supported yet.
+      use_fast_variance: accepted, and changes nothing: the variance is always safe.
+      force_float32_reductions: accepted; sums are taken in at least float32 always.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import linen
+      >>> x = jnp.array([[[1.0, 2.0], [3.0, 6.0]]])  # [N, S, C]
+      >>> y, variables = linen.InstanceNorm().init_with_output(jax.random.key(0), x)
+      >>> y
+      Array([[[-0.9999995 , -0.99999994],
+              [ 0.9999995 ,  0.99999994]]], dtype=float32)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = _zeros
+    scale_init: Initializer = _ones
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+        """Normalizes ``x``.
+
+        Args:
+          x: ``[N, ..., C]``, floating.
+          mask: broadcasts to ``x``, read as boolean: which values count. The output is
+            zero elsewhere.
+
+        Returns:
+          The output, of the shape of ``x``.
+
+        Raises:
+          ValueError: if ``feature_axes`` contains the first axis.
+        """
+        x = _check.floating("InstanceNorm", x)
+        axes = _module.flax_features(self.feature_axes, x.ndim)
+        return _norms.instance_norm(
+            x,
+            axis=_axes.others((0, *axes), x.ndim),
+            feature_axis=axes,
+            **_arguments(self, x, axes, mask),
+        )
