@@ -69,8 +69,8 @@ def space(
 
 def lay(
     name: str, what: str, v: Any, axes: tuple[int, ...], shape: tuple[int, ...]
-) -> jax.Array | None:
-    """Returns ``v`` with the rank of x, ready to broadcast against it.
+) -> Any:
+    """Returns ``v`` with the rank of x, ready to broadcast against it; None for None.
 
     A ``v`` whose rank is the number of ``axes`` lies along those axes in order; any
     other must have the rank of x already. Nothing is guessed beyond that: ``[C]`` on

@@ -30,7 +30,7 @@ def flax_mask(mask: Any) -> jax.Array | None:
 
 def flax_groups(
     num_groups: int | None, group_size: int | None, shape: tuple[int, ...]
-) -> int:
+) -> Any:
     """Returns the number of groups from the one field of two that is set."""
     if (num_groups is None) == (group_size is None):
         raise _check.error(

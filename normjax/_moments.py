@@ -93,7 +93,7 @@ class Moments:
             lambda a, b: jnp.stack([a, b]), _filled(self), _filled(other)
         )
         merged = _first(merge(both, 0))
-        # Two limbs end somewhere; the sum of two with its exact rounding error does not.
+        # The sum of two and its exact rounding error; the limbs of `merge` have an end.
         count = self.count + other.count
         part = count - self.count
         lost = (self.count - (count - part)) + (other.count - part)
@@ -104,9 +104,8 @@ class Moments:
 
 def _filled(m: Moments) -> Moments:
     """Gives a carry that a caller left out the shape of the count."""
-    return dataclasses.replace(
-        m, carry=jnp.broadcast_to(jnp.asarray(m.carry, m.count.dtype), m.count.shape)
-    )
+    carry = jnp.broadcast_to(jnp.asarray(m.carry, m.count.dtype), m.count.shape)
+    return dataclasses.replace(m, carry=carry)
 
 
 def _first(m: Moments) -> Moments:
@@ -206,9 +205,9 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
         return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
-    n = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=jnp.int32)
-    count = n.astype(dtype)
-    return count, (n - count.astype(jnp.int32)).astype(dtype)
+    total = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=jnp.int32)
+    count = total.astype(dtype)
+    return count, (total - count.astype(jnp.int32)).astype(dtype)
 
 
 def merge(m: Moments, axis: int) -> Moments:
@@ -238,6 +237,8 @@ def merge(m: Moments, axis: int) -> Moments:
     count, carry = _join_limbs(*(a.sum(axis, keepdims=True) for a in _limbs(m)))
     share = divided(m.count, count)
     mean = (share * m.mean).sum(axis, keepdims=True)
+    # The shares do not add up to 1 exactly; about the mean, what they miss is nothing.
+    mean = mean + (share * (m.mean - mean)).sum(axis, keepdims=True)
     spread = m.var + jnp.square(m.mean - mean)
     # Moments of nothing have var 1; their share is 0.
     var = (share * spread).sum(axis, keepdims=True)
@@ -262,40 +263,44 @@ def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
     psum fills all rows everywhere, and the rows are merged. Counts that are even, the
     same on each device, need not travel.
     """
+    if not r.centered:
+        (total,), count, carry = _sums([m.count * m.var], m, r, even)
+        return Moments(count, jnp.zeros_like(total), divided(total, count, 1.0), carry)
     size = lax.axis_size(r.names)
-    rows = [m.mean, m.var] if r.centered else [m.var]
-    if not even:
-        rows += [m.count, m.carry]
-    buffer = jnp.stack(rows)
+    rows = [m.mean, m.var] if even else [m.mean, m.var, m.count, jnp.asarray(m.carry)]
+    buffer = jnp.stack(rows)[None]
     if size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES:
         return _across_devices_twice(m, r, even)
-    mine = jnp.arange(size) == lax.axis_index(r.names)
-    mine = mine.reshape(size, *(1 for _ in buffer.shape))
-    buffer = lax.psum(
-        jnp.where(mine, buffer[None], jnp.zeros_like(buffer)[None]), r.names
-    )
-    rows = [buffer[:, i] for i in range(buffer.shape[1])]
+    mine = jnp.arange(size, dtype=jnp.int32) == lax.axis_index(r.names)
+    mine = mine.reshape(size, *(1 for _ in buffer.shape[1:]))
+    buffer = lax.psum(jnp.where(mine, buffer, jnp.zeros_like(buffer)), r.names)
+    mean, var, *counts = (buffer[:, i] for i in range(buffer.shape[1]))
     if even:
-        rows += [jnp.broadcast_to(a, rows[0].shape) for a in (m.count, m.carry)]
-    if not r.centered:
-        rows.insert(0, jnp.zeros_like(rows[0]))
-    mean, var, count, carry = rows
-    return _first(merge(Moments(count, mean, var, carry), 0))
+        counts = [jnp.broadcast_to(a, mean.shape) for a in (m.count, m.carry)]
+    return _first(merge(Moments(counts[0], mean, var, counts[1]), 0))
 
 
 def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
-    """`_across_devices` for large moments: the means first, then distances from them."""
+    """`_across_devices` for large moments: first means, then distances from them."""
+    (total,), count, carry = _sums([m.count * m.mean], m, r, even)
+    off = m.mean - divided(total, count)
+    terms = [m.count * off, m.count * (m.var + jnp.square(off))]
+    missed, spread = (divided(a, count) for a in lax.psum(jnp.stack(terms), r.names))
+    var = jnp.maximum(spread - jnp.square(missed), 0)
+    var = jnp.where(count > 0, var, jnp.ones_like(var))
+    return Moments(count, divided(total, count) + missed, var, carry)
+
+
+def _sums(terms: list, m: Moments, r: Reduction, even: bool):
+    """Adds up terms and counts over the devices, in one all-reduce."""
     high, low = _limbs(m)
     if even:
         size = lax.axis_size(r.names)
-        mean = lax.psum(m.mean / size, r.names)
-        count, carry = _join_limbs(high * size, low * size)
-    else:
-        total, high, low = lax.psum(jnp.stack([m.mean * m.count, high, low]), r.names)
-        count, carry = _join_limbs(high, low)
-        mean = divided(total, count)
-    spread = m.count * (m.var + jnp.square(m.mean - mean))
-    return Moments(count, mean, divided(lax.psum(spread, r.names), count, 1.0), carry)
+        return lax.psum(jnp.stack(terms), r.names), *_join_limbs(
+            high * size, low * size
+        )
+    *terms, high, low = lax.psum(jnp.stack([*terms, high, low]), r.names)
+    return terms, *_join_limbs(high, low)
 
 
 def average(terms: list, m: Moments, r: Reduction) -> list:
@@ -327,8 +332,8 @@ def moments(
 ) -> Moments:
     """Takes the moments of ``x`` over ``axis``.
 
-    ``mean = sum(x) / count``, ``var = sum((x - mean)**2) / count``, in two passes and in
-    at least float32, so that they are right for data far from zero.
+    ``mean = sum(x) / count`` and ``var = sum((x - mean)**2) / count``, in two passes
+    and in at least float32, so that they are right for data far from zero.
 
     Args:
       x: ``[...]``, floating.
@@ -343,14 +348,16 @@ def moments(
 
     Raises:
       TypeError: if ``x`` is not floating or ``where`` not boolean.
-      ValueError: if an axis is out of range or given twice, ``where`` does not broadcast
-        or has one axis less than ``x``, or an axis name is not bound.
+      ValueError: if an axis is out of range or given twice, ``where`` does not
+        broadcast or has one axis less than ``x``, or an axis name is not bound.
 
     Example:
       >>> import jax.numpy as jnp, normjax
       >>> m = normjax.moments(jnp.array([[1.0, 2.0, 3.0, 9.0]]), axis=-1)
-      >>> m.count, m.mean, m.var
-      (Array([[4.]], dtype=float32), Array([[3.75]], dtype=float32), Array([[9.6875]], dtype=float32))
+      >>> m.count, m.mean
+      (Array([[4.]], dtype=float32), Array([[3.75]], dtype=float32))
+      >>> m.var
+      Array([[9.6875]], dtype=float32)
     """
     name = "moments"
     x = _check.floating(name, x)

@@ -50,7 +50,8 @@ def standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any)
 
     Args:
       x: floating, of rank 1 or more.
-      scale, bias: None, or of the rank of x, broadcasting to it.
+      scale: None, or of the rank of x, broadcasting to it.
+      bias: as scale.
       where: None, or boolean, of the rank of x, broadcasting to it.
       r: over what the moments are taken.
       epsilon: added to the variance.
@@ -153,7 +154,8 @@ def normalize(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
+        boolean.
       ValueError: if shapes, axes or epsilon do not fit.
 
     Example:
@@ -168,15 +170,10 @@ def normalize(
     where = _check.where(name, where, x.shape)
     dtype = _check.output_dtype(name, dtype, x)
     stat = _moments.statistics_dtype(x, dtype)
-    mean, var, scale, bias = (
-        _axes.lay(name, what, v, axes, x.shape)
-        for what, v in [
-            ("moments.mean", moments.mean),
-            ("moments.var", moments.var),
-            ("scale", scale),
-            ("bias", bias),
-        ]
-    )
-    m = Moments(jnp.ones_like(var), mean.astype(stat), var.astype(stat))
+    lay = functools.partial(_axes.lay, name, axes=axes, shape=x.shape)
+    mean = lay("moments.mean", moments.mean).astype(stat)
+    var = lay("moments.var", moments.var).astype(stat)
+    scale, bias = lay("scale", scale), lay("bias", bias)
+    m = Moments(jnp.ones_like(var), mean, var)
     epsilon = _check.epsilon(name, epsilon, stat)
     return _apply(x, m, scale, bias, where, epsilon, True, dtype)

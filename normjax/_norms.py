@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from normjax import _axes, _check, _moments
 from normjax._moments import Moments, Reduction
@@ -57,7 +56,8 @@ def batch_norm(
       y, of the shape of ``x``, and the `Moments` that normalized it, ``[C]``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
+        boolean.
       ValueError: if axes, shapes, epsilon or axis names do not fit.
 
     Example:
@@ -123,7 +123,8 @@ def layer_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
+        boolean.
       ValueError: if axes, shapes, epsilon or axis names do not fit.
 
     Example:
@@ -228,7 +229,8 @@ def group_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
+        boolean.
       ValueError: if ``num_groups`` does not divide, or axes, shapes, epsilon or axis
         names do not fit.
 
@@ -286,7 +288,8 @@ def instance_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` not boolean.
+      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
+        boolean.
       ValueError: if axes, shapes, epsilon or axis names do not fit.
 
     Example:

@@ -1,0 +1,124 @@
+"""The family: every norm as a row of one table, and the formula in plain numpy terms.
+
+A new norm adds its row here and inherits every suite that runs over `FAMILY`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import normjax
+
+EPSILON = 1e-5
+
+
+def tolerance(reduced: int, dtype: Any = jnp.float64, c: float = 10.0) -> float:
+    """Rounding errors of a sum of so many terms add up like their square root."""
+    return c * float(jnp.finfo(dtype).eps) * max(reduced, 1) ** 0.5
+
+
+def assert_close(got: Any, want: Any, reduced: int, c: float = 10.0) -> None:
+    """Compares pytrees leaf by leaf, relative to the largest entry above 1."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        g, w = np.asarray(g), np.asarray(w)
+        assert g.shape == w.shape and g.dtype == w.dtype, (g.shape, w.shape, g.dtype)
+        size = max(1.0, float(np.max(np.abs(w), initial=0.0)))
+        np.testing.assert_allclose(g, w, rtol=0, atol=tolerance(reduced, g.dtype, c) * size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A norm on x of shape [N, S, T, C].
+
+    Attributes:
+      call: (x, scale, bias, where, axis_name) -> y; scale and bias are [C].
+      axes: the axes that its formula reduces; with groups, beside the group's features.
+      groups: number of groups, or None.
+      centered: whether the mean is taken off.
+    """
+
+    call: Callable
+    axes: tuple[int, ...]
+    groups: int | None = None
+    centered: bool = True
+
+
+def _wide(v):
+    return None if v is None else v[None, None, None, :]
+
+
+FAMILY = {
+    "batch": Norm(
+        lambda x, s, b, w, n=None: normjax.batch_norm(
+            x, s, b, where=w, axis_name=n, epsilon=EPSILON
+        )[0],
+        axes=(0, 1, 2),
+    ),
+    "layer": Norm(
+        lambda x, s, b, w, n=None: normjax.layer_norm(
+            x, _wide(s), _wide(b), axis=(1, 3), where=w, axis_name=n, epsilon=EPSILON
+        ),
+        axes=(1, 3),
+    ),
+    "rms": Norm(
+        lambda x, s, b, w, n=None: normjax.rms_norm(
+            x, _wide(s), axis=(1, 3), where=w, axis_name=n, epsilon=EPSILON
+        ),
+        axes=(1, 3),
+        centered=False,
+    ),
+    "group": Norm(
+        lambda x, s, b, w, n=None: normjax.group_norm(
+            x, s, b, num_groups=2, where=w, axis_name=n, epsilon=EPSILON
+        ),
+        axes=(1, 2),
+        groups=2,
+    ),
+    "instance": Norm(
+        lambda x, s, b, w, n=None: normjax.instance_norm(
+            x, s, b, where=w, axis_name=n, epsilon=EPSILON
+        ),
+        axes=(1, 2),
+    ),
+}
+
+
+def reference_moments(norm: Norm, x, where=None):
+    """count, mean and var of the plain two-pass formula, broadcasting against x."""
+    shape, axes = x.shape, norm.axes
+    where = jnp.ones(shape, bool) if where is None else jnp.broadcast_to(where, shape)
+    if norm.groups:
+        view = (*shape[:-1], norm.groups, shape[-1] // norm.groups)
+        x, where, axes = x.reshape(view), where.reshape(view), (*axes, len(shape))
+    x = jnp.where(where, x, jnp.zeros_like(x))
+    count = where.sum(axes, keepdims=True, dtype=jnp.int32).astype(x.dtype)
+    n = jnp.where(count > 0, count, 1)
+    mean = x.sum(axes, keepdims=True) / n
+    if not norm.centered:
+        mean = jnp.zeros_like(mean)
+    distance = jnp.where(where, x - mean, jnp.zeros_like(x))
+    var = jnp.where(count > 0, (distance**2).sum(axes, keepdims=True) / n, 1)
+    if norm.groups:
+        wide = (*var.shape[:-1], view[-1])
+        count, mean, var = (
+            jnp.broadcast_to(a, wide).reshape(*wide[:-2], shape[-1])
+            for a in (count, mean, var)
+        )
+    return count, mean, var
+
+
+def reference(norm: Norm, x, scale, bias, where=None):
+    """The formula, differentiable by plain autodiff."""
+    _, mean, var = reference_moments(norm, x, where)
+    if where is not None:
+        x = jnp.where(where, x, jnp.zeros_like(x))
+    y = (x - mean) / jnp.sqrt(var + EPSILON)
+    y = y * _wide(scale)
+    if norm.centered:
+        y = y + _wide(bias)
+    return y if where is None else jnp.where(where, y, jnp.zeros_like(y))

@@ -1,0 +1,247 @@
+"""Moments: taken, merged, streamed, and merged across devices."""
+
+import functools
+
+import family
+import jax
+import jax.numpy as jnp
+import normjax
+import numpy as np
+import pytest
+from contexts import MAPPED, mesh
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from normjax import _moments
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def assert_moments(got, want, reduced):
+    """Compares what users read, as far as a mean rounded to float32 allows."""
+    fields = ("count", "mean", "var")
+    far = 1 + float(jnp.max(jnp.abs(want.mean) / jnp.sqrt(want.var), initial=0.0))
+    got, want = ([getattr(m, f) for f in fields] for m in (got, want))
+    family.assert_close(got, want, reduced, c=3 * far)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_moments_are_at_least_float32_and_keep_the_axes(dtype, float64):
+    x = normal((5, 3, 4), dtype=dtype)
+    m = normjax.moments(x, (0, -1))
+    wide = np.asarray(x.astype(jnp.float64))
+    for field, want in [
+        ("count", np.full((1, 3, 1), 20.0)),
+        ("mean", wide.mean((0, 2), keepdims=True)),
+        ("var", wide.var((0, 2), keepdims=True)),
+    ]:
+        got = getattr(m, field)
+        assert got.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    cuts=st.lists(st.integers(0, 12), min_size=0, max_size=4), seed=st.integers(0, 9)
+)
+def test_merge_ignores_how_values_are_split_and_in_what_order(cuts, seed):
+    x = normal((12, 3), seed) * 5 + 100 * seed
+    edges = [0, *sorted(cuts), 12]
+    pieces = [
+        normjax.moments(x[a:b], 0) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    want = normjax.moments(x, 0)
+    assert_moments(functools.reduce(lambda a, b: a.merge(b), pieces), want, 12)
+    assert_moments(functools.reduce(lambda a, b: b.merge(a), pieces[::-1]), want, 12)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *pieces)
+    together = normjax.merge(stacked, 0)
+    assert_moments(jax.tree.map(lambda a: a[0], together), want, 12)
+
+
+def test_count_zero_is_the_identity_of_merge():
+    m = normjax.moments(normal((7, 3)) + 1e4, 0)
+    nothing = normjax.moments(jnp.zeros((0, 3)), 0)
+    for merged in (m.merge(nothing), nothing.merge(m)):
+        np.testing.assert_array_equal(merged.count, m.count)
+        np.testing.assert_allclose(merged.mean, m.mean, rtol=1e-7)
+        np.testing.assert_allclose(merged.var, m.var, rtol=1e-6)
+    both = nothing.merge(nothing)
+    assert (both.count == 0).all() and (both.mean == 0).all() and (both.var == 1).all()
+
+
+def test_merge_is_exact_for_a_constant():
+    """Shares of a third do not add up to one in binary; the mean must not show it."""
+    m = normjax.moments(jnp.full((1, 3), 7.0), 0)
+    merged = normjax.merge(m, 1)
+    assert merged.mean == 7 and merged.var == 0
+
+
+def test_merge_of_far_apart_means_keeps_its_digits():
+    x = normal((8, 1000)) + 1e4 * jnp.arange(8.0)[:, None]
+    merged = normjax.merge(normjax.moments(x, 1), 0)
+    want = np.asarray(x, np.float64)
+    np.testing.assert_allclose(merged.mean[0, 0], want.mean(), rtol=2e-7)
+    np.testing.assert_allclose(merged.var[0, 0], want.var(), rtol=1e-6)
+
+
+def test_a_long_stream_keeps_its_count_exactly():
+    """float32 alone stops at 2**24: adding 1 to it changes nothing."""
+    one = normjax.Moments(jnp.ones(()), jnp.zeros(()), jnp.zeros(()))
+    long = normjax.Moments(jnp.float32(2**24), jnp.zeros(()), jnp.zeros(()))
+    assert long.count + one.count == long.count
+
+    def step(m, _):
+        return m.merge(jax.tree.map(jnp.asarray, one)), None
+
+    start = jax.tree.map(jnp.asarray, long.merge(one))
+    stream, _ = jax.jit(lambda m: jax.lax.scan(step, m, length=999))(start)
+    assert int(stream.count) + int(stream.carry) == 2**24 + 1000
+
+
+@pytest.mark.parametrize("counts", [[2**24 + 1, 2**24 + 3], [16777217] * 9, [5, 2**30]])
+def test_merge_along_an_axis_adds_counts_exactly(counts):
+    high = jnp.asarray(counts, jnp.float32)
+    low = jnp.asarray([c - int(np.float32(c)) for c in counts], jnp.float32)
+    m = normjax.merge(normjax.Moments(high, high * 0, high * 0, low), 0)
+    assert int(m.count[0]) + int(m.carry[0]) == sum(counts)
+
+
+def test_counts_of_large_arrays_are_exact():
+    shape = jax.ShapeDtypeStruct((2**12 + 1, 2**13, 1), jnp.float32)
+    where = jax.ShapeDtypeStruct((2**12 + 1, 2**13, 1), bool)
+    count, carry = _moments._count(shape, None, (0, 1), jnp.float32)
+    total = (2**12 + 1) * 2**13
+    assert int(count[0, 0, 0]) + int(carry[0, 0, 0]) == total
+    count, carry = jax.jit(
+        lambda: _moments._count(shape, jnp.ones(where.shape, bool), (0, 1), jnp.float32)
+    )()
+    assert int(count[0, 0, 0]) + int(carry[0, 0, 0]) == total
+
+
+def test_moments_count_by_mask_in_any_form():
+    x = normal((4, 6))
+    where = jnp.arange(4)[:, None] < 3
+    for mask in (where, jnp.broadcast_to(where, x.shape)):
+        m = normjax.moments(x, (0, 1), where=mask)
+        assert m.count == 18
+        np.testing.assert_allclose(m.mean[0, 0], np.asarray(x[:3]).mean(), rtol=1e-5)
+
+
+# Across devices.
+
+
+def across(context, x, where, axis=(0, 1, 2)):
+    c = MAPPED[context]
+
+    def local(split, _):
+        x, where = split
+        return (), normjax.moments(x, axis, where=where, axis_name=c.names)
+
+    # pmap lines its axes up wrongly where an argument has no leaves, hence the 0.
+    return jax.jit(lambda x, w: c.run(local, (x, w), jnp.zeros(()))[1])(x, where)
+
+
+@pytest.mark.parametrize("context", MAPPED)
+@pytest.mark.parametrize("mask", ["plain", "masked"])
+@pytest.mark.parametrize("bytes_", [_moments.ONE_ALL_REDUCE_BYTES, 0])
+def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch):
+    """With device means 100 std apart, in one all-reduce and in two."""
+    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", bytes_)
+    x = (
+        normal((6, 16, 2, 3))
+        + 100 * jnp.repeat(jnp.arange(8.0), 2)[None, :, None, None]
+    )
+    where = None
+    if mask == "masked":
+        where = jax.random.bernoulli(jax.random.key(3), 0.6, (6, 16, 1, 3))
+        where = where.at[:, 6:8].set(False)
+        x = jnp.where(where, x, jnp.nan)
+    want = normjax.moments(x, (0, 1, 2), where=where)
+    got = across(context, x, where)
+    np.testing.assert_array_equal(got.count, want.count)
+    np.testing.assert_allclose(got.mean, want.mean, rtol=3e-7)
+    np.testing.assert_allclose(got.var, want.var, rtol=1e-6)
+
+
+def test_sync_of_uncentered_moments_is_exact():
+    x = normal((6, 16, 2, 3))
+    call = functools.partial(normjax.rms_norm, axis=(1, 3))
+    f = jax.shard_map(
+        functools.partial(call, axis_name="d"),
+        mesh=mesh((8,), ("d",)),
+        in_specs=P(None, "d"),
+        out_specs=P(None, "d"),
+    )
+    np.testing.assert_allclose(jax.jit(f)(x), call(x), atol=1e-6)
+
+
+def test_sync_counts_exactly_beyond_float32():
+    high, low = jnp.full((8, 1), 2.0**24), jnp.ones((8, 1))
+
+    def local(high, low):
+        m = normjax.Moments(high, high * 0, high * 0, low)
+        r = _moments.Reduction((0,), names=("d",))
+        return _moments._across_devices(m, r, even=False)
+
+    m = jax.vmap(local, axis_name="d", out_axes=None)(high, low)
+    assert int(m.count[0]) + int(m.carry[0]) == 8 * (2**24 + 1)
+
+
+# Running moments.
+
+
+def test_reading_after_one_update_gives_exactly_that_update():
+    _, m = normjax.batch_norm(normal((9, 3)) * 1e3 + 0.1)
+    read = normjax.RunningMoments.init((3,)).update(m, momentum=0.99).read()
+    for field in ("count", "mean", "var"):
+        np.testing.assert_array_equal(getattr(read, field), getattr(m, field))
+
+
+def test_running_moments_are_the_weighted_average_of_their_updates():
+    updates = [normjax.batch_norm(normal((9, 3), i))[1] for i in range(5)]
+    momenta = [0.9, 0.5, 1.0, 0.0, 0.7]
+    running = normjax.RunningMoments.init((3,))
+    weights = np.zeros(0)
+    for m, momentum in zip(updates, momenta, strict=True):
+        running = running.update(m, momentum=momentum)
+        weights = np.append(weights * momentum, 1 - momentum)
+    for field in ("mean", "var"):
+        values = np.stack([getattr(m, field) for m in updates])
+        want = (weights[:, None] * values).sum(0) / weights.sum()
+        np.testing.assert_allclose(getattr(running.read(), field), want, rtol=1e-5)
+    np.testing.assert_allclose(running.weight, weights.sum(), rtol=1e-6)
+
+
+def test_running_moments_do_not_move_where_nothing_was_counted():
+    _, m = normjax.batch_norm(normal((9, 3)))
+    running = normjax.RunningMoments.init((3,)).update(m)
+    where = jnp.array([True, False, True])[None]
+    x = jnp.where(where, normal((9, 3), 1), jnp.nan)
+    after = running.update(normjax.batch_norm(x, where=where)[1], momentum=0.5)
+    moved = after.mean != running.mean
+    np.testing.assert_array_equal(moved, [True, False, True])
+    assert jnp.isfinite(after.mean).all() and jnp.isfinite(after.var).all()
+    empty = running.update(normjax.batch_norm(jnp.zeros((0, 3)))[1], momentum=0.0)
+    jax.tree.map(np.testing.assert_array_equal, empty, running)
+
+
+def test_running_moments_work_in_a_jitted_scan_with_a_traced_momentum():
+    xs, momenta = normal((4, 9, 3)), jnp.array([0.9, 0.8, 0.7, 0.6])
+
+    def step(running, batch):
+        x, momentum = batch
+        return running.update(normjax.batch_norm(x)[1], momentum=momentum), None
+
+    start = normjax.RunningMoments.init((3,))
+    scanned, _ = jax.jit(lambda s: jax.lax.scan(step, s, (xs, momenta)))(start)
+    eager = start
+    for batch in zip(xs, momenta, strict=True):
+        eager, _ = step(eager, batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), scanned, eager
+    )
+    assert start.weight.max() == 0
