@@ -152,6 +152,14 @@ def join_groups(
     return a.reshape([shape[x] for x in order]).transpose(inverse)
 
 
+def sharded_like(where: jax.Array, x: jax.Array) -> jax.Array:
+    """Lays a mask over the devices as x lies: on an explicit mesh a select needs it."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return where
+    return jax.sharding.reshard(jnp.broadcast_to(where, x.shape), sharding)
+
+
 def _whole(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Gathers a small array along ``axes`` where an explicit mesh shards them.
 

@@ -87,7 +87,7 @@ def flax_features(feature_axes: _axes.Axes, ndim: int) -> tuple[int, ...]:
 def given(running: tuple[jax.Array, jax.Array]) -> Moments:
     """Returns the running mean and variance as moments to normalize by."""
     mean, var = running
-    return Moments(jnp.ones_like(var), mean, var, jnp.zeros_like(var))
+    return Moments(jnp.ones_like(var), mean, var)
 
 
 def update(

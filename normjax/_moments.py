@@ -53,6 +53,35 @@ class Moments:
     var: jax.Array
     carry: jax.Array | float = 0.0
 
+    def __post_init__(self):
+        # Left out, it becomes an array like the others, so that moments built by hand
+        # can be mapped, stacked and carried through a scan.
+        if isinstance(self.carry, float) and hasattr(self.count, "dtype"):
+            object.__setattr__(self, "carry", jnp.zeros_like(self.count))
+
+    @classmethod
+    def empty(cls, shape: Any, dtype: Any = jnp.float32) -> "Moments":
+        """Returns the moments of nothing: the identity of merge, and a stream's start.
+
+        Args:
+          shape: of the moments.
+          dtype: of the moments.
+
+        Returns:
+          Moments with count 0, mean 0, var 1.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, normjax
+          >>> batches = jnp.arange(12.0).reshape(3, 4, 1)
+          >>> def step(m, x):
+          ...     return m.merge(normjax.moments(x, 0)), None
+          >>> m, _ = jax.lax.scan(step, normjax.Moments.empty((1, 1)), batches)
+          >>> m.count, m.mean
+          (Array([[12.]], dtype=float32), Array([[5.5]], dtype=float32))
+        """
+        zeros = jnp.zeros(shape, dtype)
+        return cls(zeros, zeros, jnp.ones(shape, dtype), zeros)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the mean."""
@@ -89,9 +118,7 @@ class Moments:
                 f"shapes {self.shape} and {other.shape}",
                 "Take both over the same axes",
             )
-        both = jax.tree.map(
-            lambda a, b: jnp.stack([a, b]), _filled(self), _filled(other)
-        )
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), self, other)
         merged = _first(merge(both, 0))
         # The sum of two and its exact rounding error; the limbs of `merge` have an end.
         count = self.count + other.count
@@ -100,12 +127,6 @@ class Moments:
         return dataclasses.replace(
             merged, count=count, carry=lost + both.carry[0] + both.carry[1]
         )
-
-
-def _filled(m: Moments) -> Moments:
-    """Gives a carry that a caller left out the shape of the count."""
-    carry = jnp.broadcast_to(jnp.asarray(m.carry, m.count.dtype), m.count.shape)
-    return dataclasses.replace(m, carry=carry)
 
 
 def _first(m: Moments) -> Moments:
@@ -148,13 +169,19 @@ def own(a: jax.Array) -> jax.Array:
 
 def counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
     """Zeroes what does not count, so that NaN there leaves no trace."""
-    return x if where is None else jnp.where(where, x, jnp.zeros_like(x))
+    if where is None:
+        return x
+    return jnp.where(_axes.sharded_like(where, x), x, jnp.zeros_like(x))
 
 
 def divided(total: jax.Array, count: jax.Array, empty: float = 0.0) -> jax.Array:
-    """``total / count``, and ``empty`` where nothing was counted."""
-    quotient = total / jnp.where(count > 0, count, 1)
-    return jnp.where(count > 0, quotient, jnp.asarray(empty, quotient.dtype))
+    """``total / count``; where nothing was counted the total is 0, and this ``empty``.
+
+    By arithmetic, since on an explicit mesh a select wants both sharded alike.
+    """
+    nothing = (count == 0).astype(total.dtype)
+    quotient = total / (count + nothing)
+    return quotient + empty * nothing if empty else quotient
 
 
 def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
@@ -233,7 +260,6 @@ def merge(m: Moments, axis: int) -> Moments:
       Array([[3.]], dtype=float32)
     """
     (axis,) = _axes.canonical("merge", axis, len(m.shape))
-    m = _filled(m)
     count, carry = _join_limbs(*(a.sum(axis, keepdims=True) for a in _limbs(m)))
     share = divided(m.count, count)
     mean = (share * m.mean).sum(axis, keepdims=True)
@@ -242,7 +268,7 @@ def merge(m: Moments, axis: int) -> Moments:
     spread = m.var + jnp.square(m.mean - mean)
     # Moments of nothing have var 1; their share is 0.
     var = (share * spread).sum(axis, keepdims=True)
-    return Moments(count, mean, jnp.where(count > 0, var, jnp.ones_like(var)), carry)
+    return Moments(count, mean, var + (count == 0).astype(var.dtype), carry)
 
 
 def _limbs(m: Moments) -> tuple[jax.Array, jax.Array]:
@@ -286,8 +312,9 @@ def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
     off = m.mean - divided(total, count)
     terms = [m.count * off, m.count * (m.var + jnp.square(off))]
     missed, spread = (divided(a, count) for a in lax.psum(jnp.stack(terms), r.names))
-    var = jnp.maximum(spread - jnp.square(missed), 0)
-    var = jnp.where(count > 0, var, jnp.ones_like(var))
+    var = jnp.maximum(spread - jnp.square(missed), 0) + (count == 0).astype(
+        spread.dtype
+    )
     return Moments(count, divided(total, count) + missed, var, carry)
 
 

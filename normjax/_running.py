@@ -13,8 +13,8 @@ from normjax._moments import Moments
 
 def blend(old: Any, new: Any, momentum: Any, count: Any) -> Any:
     """``momentum * old + (1 - momentum) * new``, and old where nothing was counted."""
-    new = momentum * old + (1 - momentum) * new.astype(old.dtype)
-    return jnp.where(count > 0, new, old).astype(old.dtype)
+    part = (1 - momentum) * (count > 0).astype(new.dtype)
+    return ((1 - part) * old.astype(new.dtype) + part * new).astype(old.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -123,11 +123,11 @@ class RunningMoments:
     def read(self) -> Moments:
         """Returns the average so far, as `Moments`.
 
-        Where nothing was ever counted: count 0, mean 0, var 1.
+        A channel in which nothing was counted yet reads count 0, mean 0, var 1.
 
         Raises:
-          ValueError: if there was no update yet, checked where the values are concrete;
-            under jit the caller sees to it.
+          ValueError: if no update counted anything yet in any channel, checked where
+            the values are concrete; under jit the caller sees to it.
 
         Example:
           >>> import jax.numpy as jnp, normjax
@@ -144,5 +144,5 @@ class RunningMoments:
                 "Call running = running.update(m) with the moments that batch_norm"
                 " returns",
             )
-        var = jnp.where(self.weight > 0, self.var, jnp.ones_like(self.var))
-        return Moments(self.count, self.mean, var, jnp.zeros_like(self.count))
+        var = self.var + (self.weight == 0).astype(self.var.dtype)
+        return Moments(self.count, self.mean, var)

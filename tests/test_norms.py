@@ -1,14 +1,15 @@
-"""The five norms as functions: the formula, the identities, shapes, dtypes and masks."""
+"""The five norms as functions: formula, identities, shapes, dtypes, masks, edges."""
 
 import family
 import jax
 import jax.numpy as jnp
-import normjax
 import numpy as np
 import pytest
 from family import FAMILY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import normjax
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -1,0 +1,434 @@
+"""Bad input: every error says the rule, the facts and what to do, and harms nothing."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from contexts import mesh
+from jax.sharding import PartitionSpec as P
+
+import normjax
+from normjax import linen
+
+x = jnp.zeros((2, 8, 8, 32))
+FUNCTIONS = {
+    "batch_norm": normjax.batch_norm,
+    "layer_norm": normjax.layer_norm,
+    "rms_norm": normjax.rms_norm,
+    "group_norm": lambda x, *a, **k: normjax.group_norm(x, *a, num_groups=2, **k),
+    "instance_norm": normjax.instance_norm,
+    "moments": lambda x, **k: normjax.moments(x, 0, **k),
+    "normalize": lambda x, **k: normjax.normalize(x, GIVEN, **{"epsilon": 1e-6, **k}),
+}
+GIVEN = normjax.Moments(jnp.ones(32), jnp.zeros(32), jnp.ones(32))
+every = pytest.mark.parametrize("name", FUNCTIONS)
+WITH_EPSILON = [n for n in FUNCTIONS if n != "moments"]
+WITH_NAMES = [n for n in FUNCTIONS if n != "normalize"]
+
+
+@contextlib.contextmanager
+def raises(kind, message):
+    """Compares the whole message, without the notes that jax adds."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert str(caught.value) == message
+
+
+@every
+def test_rank_zero(name):
+    message = "x must have at least one axis. Got x.shape=(). Pass x[None]."
+    with raises(ValueError, f"{name}: {message}"):
+        FUNCTIONS[name](jnp.float32(1))
+
+
+@every
+@pytest.mark.parametrize("dtype", ["int32", "bool", "uint8"])
+def test_x_that_is_not_floating(name, dtype):
+    message = (
+        "x must be floating, because its mean and its normalized values are not"
+        f" integers. Got x.dtype={dtype}. Pass x.astype(jnp.float32)."
+    )
+    with raises(TypeError, f"{name}: {message}"):
+        FUNCTIONS[name](x.astype(dtype))
+
+
+@every
+def test_complex_x_until_it_is_supported(name):
+    message = (
+        "complex input is not supported yet. Got x.dtype=complex64. Normalize the real"
+        " and imaginary parts apart."
+    )
+    with raises(TypeError, f"{name}: {message}"):
+        FUNCTIONS[name](x.astype(jnp.complex64))
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"]
+)
+@pytest.mark.parametrize("shape", [(31,), (1,), (8, 32), (2, 8, 8, 16), (), (32, 1)])
+def test_scale_that_fits_neither_rule(name, shape):
+    message = (
+        f"{name}: scale must have shape (32,), to lie along axes (3,) of x, or the rank"
+        f" of x and broadcast to it. Got scale.shape={shape}, x.shape=(2, 8, 8, 32)."
+        " Reshape scale, or pass the axes that it lies along."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, jnp.ones(shape))
+
+
+def test_bias_that_fits_neither_rule():
+    message = (
+        "layer_norm: bias must have shape (8, 32), to lie along axes (2, 3) of x, or the"
+        " rank of x and broadcast to it. Got bias.shape=(32,), x.shape=(2, 8, 8, 32)."
+        " Reshape bias, or pass the axes that it lies along."
+    )
+    with raises(ValueError, message):
+        normjax.layer_norm(x, None, jnp.ones(32), axis=(2, 3))
+
+
+def test_scale_that_is_not_floating():
+    message = (
+        "batch_norm: scale must be floating. Got scale.dtype=int32. Pass"
+        " scale.astype(jnp.float32)."
+    )
+    with raises(TypeError, message):
+        normjax.batch_norm(x, jnp.ones(32, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("groups", "nearest"), [(6, "4 or 8"), (0, "1"), (64, "32"), (-1, "1")]
+)
+def test_groups_that_do_not_divide(groups, nearest):
+    message = (
+        "group_norm: num_groups must divide the number of features. Got"
+        f" num_groups={groups}, x.shape=(2, 8, 8, 32). Nearest: {nearest}."
+    )
+    with raises(ValueError, message):
+        normjax.group_norm(x, num_groups=groups)
+
+
+def test_groups_that_are_no_integer():
+    message = (
+        "group_norm: num_groups must be an integer. Got num_groups=2.0. Pass"
+        " num_groups=32, say."
+    )
+    with raises(TypeError, message):
+        normjax.group_norm(x, num_groups=2.0)
+
+
+AXIS = {
+    "layer_norm": "axis",
+    "rms_norm": "axis",
+    "batch_norm": "feature_axis",
+    "group_norm": "feature_axis",
+    "instance_norm": "feature_axis",
+    "normalize": "feature_axis",
+}
+
+
+@pytest.mark.parametrize("name", AXIS)
+@pytest.mark.parametrize("axis", [4, -5, (0, 9)])
+def test_axes_out_of_range(name, axis):
+    what = AXIS[name]
+    message = (
+        f"{name}: {what} must lie in [-4, 4), since x has 4 axes. Got {what}={axis}."
+        f" Pass {what}=-1, say."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, **{what: axis})
+
+
+@pytest.mark.parametrize("name", AXIS)
+def test_axes_given_twice(name):
+    what = AXIS[name]
+    message = (
+        f"{name}: {what} must name each axis once. Got {what}=(3, -1) for 4 axes. Pass"
+        f" {what}=(3,)."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, **{what: (3, -1)})
+
+
+@pytest.mark.parametrize("name", AXIS)
+def test_axes_that_are_no_integers(name):
+    what = AXIS[name]
+    message = (
+        f"{name}: {what} must be an integer or several. Got {what}=1.0. Pass {what}=-1,"
+        " say."
+    )
+    with raises(TypeError, message):
+        FUNCTIONS[name](x, **{what: 1.0})
+
+
+@pytest.mark.parametrize("name", ["group_norm", "instance_norm"])
+def test_reduced_and_feature_axes_in_conflict(name):
+    message = (
+        f"{name}: axis, the axes reduced, must not contain a feature axis. Got"
+        " axis=(1, 3), feature axes (3,) of 4. Pass axis=(1,)."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, axis=(1, 3))
+
+
+@pytest.mark.parametrize("name", WITH_EPSILON)
+@pytest.mark.parametrize("epsilon", [-1e-6, float("nan"), float("inf")])
+def test_epsilon_that_is_no_size(name, epsilon):
+    message = (
+        f"{name}: epsilon must be a number above zero. Got epsilon={epsilon}. Pass"
+        " epsilon=1e-6, say."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, epsilon=epsilon)
+
+
+@pytest.mark.parametrize("name", WITH_EPSILON)
+@pytest.mark.parametrize("epsilon", [0, 0.0, 1e-60])
+def test_epsilon_that_is_zero_in_the_dtype_of_the_statistics(name, epsilon):
+    message = (
+        f"{name}: epsilon must be above zero in the dtype of the statistics, float32."
+        f" Got epsilon={float(epsilon)}, and the smallest normal float32 is 1.18e-38."
+        " Pass epsilon=1e-6, say."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, epsilon=epsilon)
+
+
+def test_epsilon_may_be_smaller_in_float64(float64):
+    wide = jnp.arange(4.0, dtype=jnp.float64)
+    assert jnp.isfinite(normjax.layer_norm(wide, epsilon=1e-60)).all()
+
+
+@pytest.mark.parametrize("name", WITH_EPSILON)
+def test_traced_epsilon(name):
+    message = (
+        f"{name}: epsilon is part of the compiled program and must be a number. Got a"
+        " traced value. Pass a Python float, or name the argument in static_argnames."
+    )
+    with raises(TypeError, message):
+        jax.jit(lambda e: FUNCTIONS[name](x, epsilon=e))(1e-6)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_momentum_outside_its_range(momentum):
+    running = normjax.RunningMoments.init((32,))
+    message = (
+        "momentum is the part of the old value that is kept and must lie in [0, 1]. Got"
+        f" momentum={momentum}. PyTorch's momentum m is momentum=1 - m here."
+    )
+    with raises(ValueError, f"RunningMoments.update: {message}"):
+        running.update(GIVEN, momentum=momentum)
+    norm = linen.BatchNorm(use_running_average=False, momentum=momentum)
+    variables = norm.init(jax.random.key(0), x)
+    with raises(ValueError, f"BatchNorm: {message}"):
+        norm.apply(variables, x, mutable=["batch_stats"])
+
+
+@every
+@pytest.mark.parametrize("shape", [(3, 8, 8, 32), (8, 31), (1, 2, 8, 8, 32)])
+def test_where_that_does_not_broadcast(name, shape):
+    message = (
+        f"{name}: where must broadcast to x. Got where.shape={shape}, x.shape=(2, 8, 8,"
+        " 32). Pass a where whose axes, from the last, are 1 or those of x."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, where=jnp.ones(shape, bool))
+
+
+@every
+def test_where_with_one_axis_less_than_x(name):
+    message = (
+        f"{name}: where must not have one axis less than x, because then it is not clear"
+        " which axis is missing. Got where.shape=(8, 8, 32), x.shape=(2, 8, 8, 32). Pass"
+        " where[..., None] if the features are the last axis."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, where=jnp.ones((8, 8, 32), bool))
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_where_that_is_not_boolean(name, dtype):
+    message = (
+        f"{name}: where must be boolean, True where a value counts. Got"
+        f" where.dtype={dtype}. Pass where.astype(bool) or a comparison; weights are not"
+        " supported yet."
+    )
+    with raises(TypeError, message):
+        FUNCTIONS[name](x, where=jnp.ones(x.shape, dtype))
+
+
+def not_bound(name, axis, axes):
+    return (
+        f"{name}: axis_name must name an axis of the pmap, shard_map or vmap around the"
+        f" call. Got axis_name='{axis}'; the mesh in use has {axes}. Call it inside one"
+        " of those; under jit over sharded arrays leave axis_name=None, the statistics"
+        " are synced without it."
+    )
+
+
+@pytest.mark.parametrize("name", WITH_NAMES)
+def test_axis_name_that_is_bound_nowhere(name):
+    with raises(ValueError, not_bound(name, "data", "no axes")):
+        FUNCTIONS[name](x, axis_name="data")
+
+
+@pytest.mark.parametrize("name", WITH_NAMES)
+def test_axis_name_that_the_mesh_does_not_have(name):
+    def local(x):
+        FUNCTIONS[name](x, axis_name=("rows", "data"))
+
+    devices = mesh((2, 4), ("rows", "columns"))
+    with raises(ValueError, not_bound(name, "data", "('rows', 'columns')")):
+        jax.shard_map(local, mesh=devices, in_specs=P("rows"), out_specs=P())(x)
+
+
+def test_axis_name_given_twice():
+    message = (
+        "batch_norm: axis_name must name each axis once. Got axis_name=('d', 'd'). Leave"
+        " out the second one."
+    )
+    with raises(ValueError, message):
+        jax.vmap(lambda x: normjax.batch_norm(x, axis_name=("d", "d")), axis_name="d")(
+            x
+        )
+
+
+@pytest.mark.parametrize("name", WITH_NAMES)
+def test_sub_groups_until_they_are_supported(name):
+    message = (
+        f"{name}: sub-groups of devices are not supported yet. Got"
+        " axis_index_groups=[[0, 1]]. Split the mesh into two axes and name the inner"
+        " one in axis_name."
+    )
+    with raises(NotImplementedError, message):
+        FUNCTIONS[name](x, axis_name="d", axis_index_groups=[[0, 1]])
+
+
+@pytest.mark.parametrize("name", WITH_EPSILON)
+def test_dtype_of_y_that_is_not_floating(name):
+    message = (
+        f"{name}: dtype, the dtype of y, must be floating. Got dtype=int32. Pass"
+        " dtype=None for the dtype of x."
+    )
+    with raises(TypeError, message):
+        FUNCTIONS[name](x, dtype=jnp.int32)
+
+
+def test_running_moments_read_before_any_update():
+    message = (
+        "RunningMoments.read: running moments must be updated before they are read. Got"
+        " no update yet. Call running = running.update(m) with the moments that"
+        " batch_norm returns."
+    )
+    with raises(ValueError, message):
+        normjax.RunningMoments.init((3,)).read()
+
+
+def test_running_moments_of_another_shape():
+    message = (
+        "RunningMoments.update: moments must have the shape of the running moments. Got"
+        " moments of shape (1, 32), running moments of shape (32,). Pass what batch_norm"
+        " returns, or drop the axes of size 1 that moments keeps."
+    )
+    with raises(ValueError, message):
+        normjax.RunningMoments.init((32,)).update(normjax.moments(jnp.ones((4, 32)), 0))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
+def test_running_moments_of_low_precision(dtype):
+    message = (
+        "RunningMoments.init: running statistics need at least float32. Got"
+        f" dtype={dtype}. Leave dtype out."
+    )
+    with raises(TypeError, message):
+        normjax.RunningMoments.init((3,), dtype)
+
+
+def test_merge_of_moments_of_two_shapes():
+    message = (
+        "Moments.merge: both moments must have one shape. Got shapes (32,) and (3,)."
+        " Take both over the same axes."
+    )
+    with raises(ValueError, message):
+        GIVEN.merge(jax.tree.map(lambda a: a[:3], normjax.batch_norm(x)[1]))
+
+
+def test_moments_that_do_not_fit_x():
+    message = (
+        "normalize: moments.mean must have shape (32,), to lie along axes (3,) of x, or"
+        " the rank of x and broadcast to it. Got moments.mean.shape=(3,), x.shape=(2, 8,"
+        " 8, 32). Reshape moments.mean, or pass the axes that it lies along."
+    )
+    with raises(ValueError, message):
+        normjax.normalize(x, normjax.batch_norm(jnp.ones((2, 3)))[1], epsilon=1e-5)
+
+
+# Modules.
+
+
+def test_group_norm_module_with_both_sizes_or_none():
+    message = (
+        "GroupNorm: exactly one of num_groups and group_size must be set. Got"
+        " num_groups={}, group_size={}. To set group_size, pass num_groups=None, since"
+        " its default is 32."
+    )
+    for groups, size in [(32, 4), (None, None)]:
+        with raises(ValueError, message.format(groups, size)):
+            linen.GroupNorm(groups, size).init(jax.random.key(0), x)
+
+
+def test_group_norm_module_with_a_size_that_does_not_divide():
+    message = (
+        "GroupNorm: group_size must divide the number of features. Got group_size=5,"
+        " x.shape=(2, 8, 8, 32). Pass num_groups=None and a group_size that divides 32."
+    )
+    with raises(ValueError, message):
+        linen.GroupNorm(None, 5).init(jax.random.key(0), x)
+
+
+def test_group_norm_module_that_does_not_reduce_the_features():
+    message = (
+        "GroupNorm: reduction_axes must include the last axis, that of the features. Got"
+        " reduction_axes=(1, 2) for 4 axes. Pass reduction_axes=(1, 2, 3)."
+    )
+    with raises(ValueError, message):
+        linen.GroupNorm(2, reduction_axes=(1, 2)).init(jax.random.key(0), x)
+
+
+def test_instance_norm_module_whose_features_are_the_batch():
+    message = (
+        "InstanceNorm: The channel axes cannot include the leading dimension as this is"
+        " assumed to be the batch axis. Got feature_axes=(0, 3) for 4 axes. Move the"
+        " batch to the front, or call normjax.instance_norm with axis."
+    )
+    with raises(ValueError, message):
+        linen.InstanceNorm(feature_axes=(0, 3)).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_batch_stats_of_another_model(running):
+    norm = linen.BatchNorm(use_running_average=running)
+    variables = norm.init(jax.random.key(0), x)
+    variables["batch_stats"] = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    message = (
+        "BatchNorm: batch_stats must have the shape of the features. Got mean and var of"
+        " shapes (3,) and (3,), features (32,). Pass the batch_stats of this model."
+    )
+    with raises(ValueError, message):
+        norm.apply(variables, x, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("mutable", [False, ["batch_stats"]])
+def test_batch_stats_that_are_not_passed(running, mutable):
+    norm = linen.BatchNorm(use_running_average=running)
+    params = norm.init(jax.random.key(0), x)["params"]
+    message = (
+        "BatchNorm: apply needs the running statistics, or they would start from 0 and 1"
+        " again at every call. Got no batch_stats/mean in the variables. Pass"
+        ' {"params": params, "batch_stats": batch_stats}, with the batch_stats that init'
+        " or the last apply returned."
+    )
+    with raises(ValueError, message):
+        norm.apply({"params": params}, x, mutable=mutable)
