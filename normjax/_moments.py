@@ -227,14 +227,17 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
 def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: Any):
     """Counts values, as (count, carry) with the shape of the moments."""
     shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+    n = math.prod(x.shape[a] for a in axes)
     if where is None:
-        n = math.prod(x.shape[a] for a in axes)
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
         return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
-    total = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=jnp.int32)
+    # A sum in the dtype of the statistics shares their all-reduce, where it is exact.
+    exact = n < 1 / jnp.finfo(dtype).eps
+    wide = jnp.broadcast_to(where, x.shape)
+    total = wide.sum(axes, keepdims=True, dtype=dtype if exact else jnp.int32)
     count = total.astype(dtype)
-    return count, (total - count.astype(jnp.int32)).astype(dtype)
+    return count, (total - count.astype(total.dtype)).astype(dtype)
 
 
 def merge(m: Moments, axis: int) -> Moments:

@@ -1,0 +1,162 @@
+"""What XLA makes of it: collectives in the program, bytes kept for backward."""
+
+import functools
+import re
+
+import family
+import jax
+import jax.numpy as jnp
+import pytest
+from contexts import AxisType, mesh
+from family import FAMILY
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normjax
+
+SHAPE = (16, 6, 5, 8)
+
+
+def operations(f, *arguments):
+    """How many all-reduces and all-gathers the compiled program has."""
+    text = jax.jit(f).lower(*arguments).compile().as_text()
+    return {
+        name: len(re.findall(rf" {name}(?:-start)?\(", text))
+        for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+    }
+
+
+def only(all_reduces):
+    return {
+        "all-reduce": all_reduces,
+        "all-gather": 0,
+        "all-to-all": 0,
+        "collective-permute": 0,
+    }
+
+
+def arguments(masked):
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    where = jnp.ones((16, 6, 1, 1), bool) if masked else None
+    return x, jnp.ones(8), jnp.zeros(8), where
+
+
+def by_name(f, way):
+    """f over eight devices along the batch, with the axis named d."""
+    if way == "pmap":
+        return jax.pmap(f, axis_name="d", in_axes=(0, None, None, 0))
+    return jax.shard_map(
+        f,
+        mesh=mesh((8,), ("d",)),
+        in_specs=(P("d"), P(), P(), P("d")),
+        out_specs=P("d"),
+        check_vma=way == "shard_map",
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", ["shard_map", "unchecked", "pmap"])
+def test_named_sync_is_one_all_reduce_forward_and_one_backward(way, masked):
+    x, scale, bias, where = arguments(masked)
+
+    def forward(x, scale, bias, where):
+        return normjax.batch_norm(x, scale, bias, where=where, axis_name="d")[0]
+
+    def gradients(*a):
+        def loss(x, scale, bias):
+            return (jnp.sin(forward(x, scale, bias, a[3]))).sum()
+
+        dx, *of_parameters = jax.grad(loss, (0, 1, 2))(*a[:3])
+        # Each device's own part comes out, as the caller of a pmap would add them up.
+        return dx, [jnp.broadcast_to(g, (1, *g.shape)) for g in of_parameters]
+
+    if way == "pmap":
+        x, where = jax.tree.map(lambda a: a.reshape(8, 2, *a.shape[1:]), (x, where))
+    count = functools.partial(operations)
+    assert count(by_name(forward, way), x, scale, bias, where) == only(1)
+    assert count(by_name(gradients, way), x, scale, bias, where) == only(2)
+
+
+def test_large_moments_sync_in_two_all_reduces(monkeypatch):
+    from normjax import _moments
+
+    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 8)
+    x, scale, bias, _ = arguments(False)
+
+    def forward(x, scale, bias, where):
+        return normjax.batch_norm(x, scale, bias, axis_name="d")[0]
+
+    got = operations(by_name(forward, "shard_map"), x, scale, bias, None)
+    assert got == only(2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sharded_batch_is_at_most_two_all_reduces_forward_and_one_back(kind, masked):
+    devices = mesh((8,), ("d",), kind)
+    split = NamedSharding(devices, P("d"))
+    with jax.set_mesh(devices):
+        x, scale, bias, where = arguments(masked)
+        x, where = jax.tree.map(lambda a: jax.device_put(a, split), (x, where))
+
+        def forward(x, scale, bias, where):
+            return normjax.batch_norm(x, scale, bias, where=where)[0]
+
+        def loss(x, scale, bias, where):
+            return jnp.sin(forward(x, scale, bias, where)).sum()
+
+        found = operations(forward, x, scale, bias, where)
+        # A mask's counts are summed beside the values, in the same all-reduce.
+        assert found == only(found["all-reduce"]) and found["all-reduce"] <= 2
+        gradients = jax.grad(loss, (0, 1, 2))
+        found = operations(gradients, x, scale, bias, where)
+        assert found == only(found["all-reduce"]) and found["all-reduce"] <= 3
+
+
+@pytest.mark.parametrize("norm", [n for n in FAMILY if n != "batch"])
+def test_norms_within_a_sample_need_no_collective(norm):
+    split = NamedSharding(mesh((8,), ("d",)), P("d"))
+    x, scale, bias, _ = arguments(False)
+    x = jax.device_put(x, split)
+    forward = functools.partial(FAMILY[norm].call, w=None)
+    assert operations(lambda x, s, b: forward(x, s, b), x, scale, bias) == only(0)
+    found = operations(jax.grad(lambda x: jnp.sin(forward(x, scale, bias)).sum()), x)
+    assert found == only(0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("norm", FAMILY)
+def test_backward_keeps_x_the_mask_the_moments_and_the_parameters(norm, dtype, masked):
+    x, scale, bias, where = arguments(masked)
+    x = x.astype(dtype)
+    row = FAMILY[norm]
+
+    def pullback(x, scale, bias):
+        return jax.vjp(lambda *a: row.call(*a, where), x, scale, bias)[1]
+
+    kept = jax.tree.leaves(jax.jit(pullback)(x, scale, bias))
+    _, mean, _ = family.reference_moments(row, x.astype(jnp.float32))
+    moments = 3 * mean.nbytes
+    mask = 0 if where is None else where.nbytes
+    allowed = x.nbytes + mask + moments + scale.nbytes
+    assert sum(a.nbytes for a in kept) <= allowed
+    assert [a.dtype for a in kept if a.shape == x.shape] == [x.dtype]
+
+
+def test_layer_norm_in_bfloat16_keeps_a_quarter_of_what_flax_keeps():
+    import flax.linen
+
+    x = jnp.ones((1024, 1024), jnp.bfloat16)
+    scale, bias = jnp.ones(1024), jnp.zeros(1024)
+
+    def kept(f):
+        found = jax.jit(lambda *a: jax.vjp(f, *a)[1])(x, scale, bias)
+        return sum(a.nbytes for a in jax.tree.leaves(found))
+
+    def theirs(x, scale, bias):
+        variables = {"params": {"scale": scale, "bias": bias}}
+        return flax.linen.LayerNorm(dtype=jnp.bfloat16).apply(variables, x)
+
+    assert kept(normjax.layer_norm) <= 1.02 * x.nbytes
+    assert kept(theirs) >= 4 * x.nbytes

@@ -1,0 +1,149 @@
+"""The house: imports go one way, every public name is documented, examples run."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import normjax
+from normjax import linen
+
+PACKAGE = pathlib.Path(normjax.__file__).parent
+# A file imports only from files of lower numbers, never its own.
+ORDER = {
+    "_check": 0,
+    "_axes": 1,
+    "_moments": 2,
+    "_normalize": 3,
+    "_norms": 4,
+    "_running": 4,
+    "_module": 5,
+    "linen": 6,
+    "__init__": 9,
+}
+PUBLIC = [
+    (module, name)
+    for module in (normjax, linen)
+    for name, value in vars(module).items()
+    if not name.startswith("_")
+    and getattr(value, "__module__", "").startswith("normjax")
+]
+
+
+def imported(path):
+    """The files of normjax that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "normjax":
+                yield from parts[1:] or [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("normjax."):
+                    yield alias.name.split(".")[1]
+
+
+def test_every_file_has_its_floor():
+    assert {p.stem for p in PACKAGE.glob("*.py")} == set(ORDER)
+
+
+@pytest.mark.parametrize("file", ORDER)
+def test_imports_go_one_way(file):
+    above = [n for n in imported(PACKAGE / f"{file}.py") if ORDER[n] >= ORDER[file]]
+    assert not above, f"{file} imports {above}"
+
+
+def test_only_moments_talk_to_named_device_axes():
+    words = ("psum", "pmean", "axis_index(", "all_gather", "ppermute")
+    for path in PACKAGE.glob("*.py"):
+        code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+        found = [w for w in words if w in code]
+        assert not found or path.stem == "_moments", f"{path.stem} uses {found}"
+
+
+def _without_docstrings(tree):
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            node.body = [*body[1:], ast.Pass()]
+    return tree
+
+
+def test_public_names_are_those_of_the_design():
+    assert {n for m, n in PUBLIC if m is normjax} == {
+        "Moments",
+        "RunningMoments",
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+        "layer_norm",
+        "merge",
+        "moments",
+        "normalize",
+        "rms_norm",
+    }
+    modules = {"BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"}
+    assert {n for m, n in PUBLIC if m is linen} == modules
+
+
+def documented():
+    """Every public name and every public method, with its value."""
+    for module, name in PUBLIC:
+        value = getattr(module, name)
+        yield f"{module.__name__}.{name}", value
+        if inspect.isclass(value):
+            for attribute, method in vars(value).items():
+                method = getattr(method, "__func__", method)
+                own = getattr(method, "__module__", "").startswith("normjax")
+                if inspect.isfunction(method) and own and attribute[0] != "_":
+                    yield f"{module.__name__}.{name}.{attribute}", method
+
+
+DOCUMENTED = dict(documented())
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_public_docstring_has_its_parts(name):
+    doc = inspect.getdoc(DOCUMENTED[name])
+    assert doc and doc.splitlines()[0].endswith(".")
+    assert "Example:" in doc and ">>>" in doc
+    value = DOCUMENTED[name]
+    if inspect.isfunction(value):
+        arguments = [p for p in inspect.signature(value).parameters if p != "self"]
+        for argument in arguments:
+            assert f"{argument}:" in doc or argument == "cls", argument
+    elif inspect.isclass(value) and issubclass(value, linen.nn.Module):
+        own = set(value.__annotations__) - {"parent", "name"}
+        for field in own:
+            assert f"{field}:" in doc, field
+
+
+@pytest.mark.parametrize(
+    "module", [f"normjax.{n}" for n in ORDER if n != "__init__"] + ["normjax"]
+)
+def test_examples_in_docstrings_run(module):
+    found = doctest.testmod(
+        importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert found.failed == 0
+
+
+def test_examples_in_docstrings_are_found():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    modules = [importlib.import_module(f"normjax.{n}") for n in ORDER if n[:2] != "__"]
+    examples = {t.name for m in modules for t in finder.find(m) if t.examples}
+    assert len(examples) >= len(DOCUMENTED)
+
+
+def test_import_brings_jax_alone():
+    code = (
+        "import sys, normjax\n"
+        "heavy = {'flax', 'optax', 'chex', 'orbax', 'matplotlib', 'sklearn'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
