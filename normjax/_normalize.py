@@ -44,6 +44,9 @@ def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     return counted(y.astype(dtype), where)
 
 
+# Compiled, so that a call outside of jit is one program; inlined, so that a call inside
+# is no boundary to XLA, and traced once for all calls alike.
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 def standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any):
     """Normalizes x by its own moments, over the reduction r.
@@ -65,7 +68,7 @@ def standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any)
     return _apply(x, m, scale, bias, where, epsilon, r.centered, dtype), m
 
 
-@standardize.defjvp
+@standardize.__wrapped__.defjvp
 def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     x, scale, bias, where = primals
     y, m = standardize(x, scale, bias, where, r, epsilon, dtype)

@@ -28,7 +28,8 @@ def assert_close(got: Any, want: Any, reduced: int, c: float = 10.0) -> None:
         g, w = np.asarray(g), np.asarray(w)
         assert g.shape == w.shape and g.dtype == w.dtype, (g.shape, w.shape, g.dtype)
         size = max(1.0, float(np.max(np.abs(w), initial=0.0)))
-        np.testing.assert_allclose(g, w, rtol=0, atol=tolerance(reduced, g.dtype, c) * size)
+        atol = tolerance(reduced, g.dtype, c) * size
+        np.testing.assert_allclose(g, w, rtol=0, atol=atol)
 
 
 @dataclasses.dataclass(frozen=True)
