@@ -37,6 +37,8 @@ class Moments:
       var: their biased variance, real, of the same shape.
       carry: what the dtype of ``count`` could not hold: ``count + carry`` is exact in a
         stream of any length, where float32 alone would stop at 2**24.
+      rest: what the dtype of ``mean`` could not hold: ``mean + rest`` is exact however
+        far from zero the data are.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -52,12 +54,15 @@ class Moments:
     mean: jax.Array
     var: jax.Array
     carry: jax.Array | float = 0.0
+    rest: jax.Array | float = 0.0
 
     def __post_init__(self):
-        # Left out, it becomes an array like the others, so that moments built by hand
+        # Left out, they become arrays like the others, so that moments built by hand
         # can be mapped, stacked and carried through a scan.
         if isinstance(self.carry, float) and hasattr(self.count, "dtype"):
             object.__setattr__(self, "carry", jnp.zeros_like(self.count))
+        if isinstance(self.rest, float) and hasattr(self.mean, "dtype"):
+            object.__setattr__(self, "rest", jnp.zeros_like(self.mean))
 
     @classmethod
     def empty(cls, shape: Any, dtype: Any = jnp.float32) -> "Moments":
@@ -157,14 +162,17 @@ def statistics_dtype(x: jax.Array, dtype: Any = None) -> Any:
     return max(dtypes, key=lambda d: jnp.finfo(d).bits)
 
 
-def own(a: jax.Array) -> jax.Array:
-    """Gives a consumer its own copy of a small array.
+def own(a: jax.Array, copy: int) -> jax.Array:
+    """Gives a consumer its own copy of a small array, numbered from 1 among them.
 
     XLA on a CPU stores an expression that two consumers share, though it has the size
     of x and costs less to compute again. With a copy of the small operand for each, the
     expressions differ, and nothing of the size of x is stored.
     """
-    return lax.optimization_barrier(a)
+    # XLA merges barriers of one operand: each copy is a barrier around the one before.
+    for _ in range(copy):
+        a = lax.optimization_barrier(a)
+    return a
 
 
 def counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -219,9 +227,28 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
     if not r.centered:
         var = divided(total(jnp.square(x)), count, empty=1.0)
         return Moments(count, jnp.zeros_like(var), var, carry)
-    mean = divided(total(x), count)
-    var = divided(total(jnp.square(counted(x - own(mean), where))), count, empty=1.0)
-    return Moments(count, mean, var, carry)
+    mean = _fixed(divided(total(x), count))
+    rest = divided(total(counted(x - own(mean, 1), where)), count)
+    spread = total(jnp.square(counted(x - own(mean, 2), where)))
+    var = jnp.maximum(divided(spread, count, empty=1.0) - jnp.square(rest), 0)
+    return _in_two_parts(count, mean, rest, var, carry)
+
+
+def _fixed(a: jax.Array) -> jax.Array:
+    """Rounds a small array to one bit less than its dtype has.
+
+    All its uses then see the same number. Else XLA may compute a mean, a product, anew
+    in each fusion that uses it, and contract it there with the sum that follows.
+    """
+    info = jnp.finfo(a.dtype)
+    return lax.reduce_precision(a, info.nexp, info.nmant - 1)
+
+
+def _in_two_parts(count, near, rest, var, carry) -> Moments:
+    """Moments with the mean ``near + rest``, where near is fixed and rest small."""
+    rest = _fixed(rest)
+    mean = near + rest
+    return Moments(count, mean, var, carry, (near - mean) + rest)
 
 
 def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: Any):
@@ -265,13 +292,14 @@ def merge(m: Moments, axis: int) -> Moments:
     (axis,) = _axes.canonical("merge", axis, len(m.shape))
     count, carry = _join_limbs(*(a.sum(axis, keepdims=True) for a in _limbs(m)))
     share = divided(m.count, count)
-    mean = (share * m.mean).sum(axis, keepdims=True)
-    # The shares do not add up to 1 exactly; about the mean, what they miss is nothing.
-    mean = mean + (share * (m.mean - mean)).sum(axis, keepdims=True)
-    spread = m.var + jnp.square(m.mean - mean)
+    mean = _fixed((share * m.mean).sum(axis, keepdims=True))
+    off = (m.mean - mean) + m.rest
+    rest = (share * off).sum(axis, keepdims=True)
+    spread = m.var + jnp.square(off - rest)
     # Moments of nothing have var 1; their share is 0.
     var = (share * spread).sum(axis, keepdims=True)
-    return Moments(count, mean, var + (count == 0).astype(var.dtype), carry)
+    var = var + (count == 0).astype(var.dtype)
+    return _in_two_parts(count, mean, rest, var, carry)
 
 
 def _limbs(m: Moments) -> tuple[jax.Array, jax.Array]:
@@ -296,29 +324,30 @@ def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
         (total,), count, carry = _sums([m.count * m.var], m, r, even)
         return Moments(count, jnp.zeros_like(total), divided(total, count, 1.0), carry)
     size = lax.axis_size(r.names)
-    rows = [m.mean, m.var] if even else [m.mean, m.var, m.count, jnp.asarray(m.carry)]
+    rows = [m.mean, m.rest, m.var] + ([] if even else [m.count, m.carry])
     buffer = jnp.stack(rows)[None]
     if size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES:
         return _across_devices_twice(m, r, even)
     mine = jnp.arange(size, dtype=jnp.int32) == lax.axis_index(r.names)
     mine = mine.reshape(size, *(1 for _ in buffer.shape[1:]))
     buffer = lax.psum(jnp.where(mine, buffer, jnp.zeros_like(buffer)), r.names)
-    mean, var, *counts = (buffer[:, i] for i in range(buffer.shape[1]))
+    mean, rest, var, *counts = (buffer[:, i] for i in range(buffer.shape[1]))
     if even:
         counts = [jnp.broadcast_to(a, mean.shape) for a in (m.count, m.carry)]
-    return _first(merge(Moments(counts[0], mean, var, counts[1]), 0))
+    return _first(merge(Moments(counts[0], mean, var, counts[1], rest), 0))
 
 
 def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
     """`_across_devices` for large moments: first means, then distances from them."""
     (total,), count, carry = _sums([m.count * m.mean], m, r, even)
-    off = m.mean - divided(total, count)
+    mean = _fixed(divided(total, count))
+    off = (m.mean - mean) + m.rest
     terms = [m.count * off, m.count * (m.var + jnp.square(off))]
-    missed, spread = (divided(a, count) for a in lax.psum(jnp.stack(terms), r.names))
-    var = jnp.maximum(spread - jnp.square(missed), 0) + (count == 0).astype(
+    rest, spread = (divided(a, count) for a in lax.psum(jnp.stack(terms), r.names))
+    var = jnp.maximum(spread - jnp.square(rest), 0) + (count == 0).astype(
         spread.dtype
     )
-    return Moments(count, divided(total, count) + missed, var, carry)
+    return _in_two_parts(count, mean, rest, var, carry)
 
 
 def _sums(terms: list, m: Moments, r: Reduction, even: bool):

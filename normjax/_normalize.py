@@ -31,7 +31,7 @@ def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     stat = m.var.dtype
     y = counted(x, where).astype(stat)
     if centered:
-        y = y - own(m.mean)
+        y = (y - own(m.mean, 3)) - own(m.rest, 3)
     factor = _rstd(m.var, epsilon)
     if scale is not None:
         if _small(x, factor, scale):
@@ -78,8 +78,9 @@ def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     # XLA from sharing, and so storing, what forward and backward both compute.
     tangent = jax.checkpoint(tangent, prevent_cse=True)
     y_dot, mean_dot, var_dot = tangent(x, scale, bias, where, m, *tangents[:3])
-    nothing = jnp.zeros_like(m.count)
-    return (y, m), (y_dot, Moments(nothing, mean_dot, var_dot, nothing))
+    count_dot, rest_dot = jnp.zeros_like(m.count), jnp.zeros_like(m.rest)
+    m_dot = Moments(count_dot, mean_dot, var_dot, count_dot, rest_dot)
+    return (y, m), (y_dot, m_dot)
 
 
 def _tangent(r, epsilon, dtype, x, scale, bias, where, m, x_dot, scale_dot, bias_dot):
@@ -96,11 +97,11 @@ def _tangent(r, epsilon, dtype, x, scale, bias, where, m, x_dot, scale_dot, bias
     x = counted(x, where).astype(stat)
     x_dot = counted(x_dot, where).astype(stat)
 
-    def x_hat():  # one for each use, with its own copies: see `own`
-        centered = x - own(m.mean) if r.centered else x
-        return counted(centered * _rstd(own(m.var), epsilon), where)
+    def x_hat(use):  # one for each use, with its own copies: see `own`
+        centered = (x - own(m.mean, use)) - own(m.rest, use) if r.centered else x
+        return counted(centered * _rstd(own(m.var, use), epsilon), where)
 
-    averages = average([x_hat() * x_dot, *([x_dot] if r.centered else [])], m, r)
+    averages = average([x_hat(1) * x_dot, *([x_dot] if r.centered else [])], m, r)
     c = averages[0]
     a = averages[1] if r.centered else jnp.zeros_like(c)
     rstd = _rstd(m.var, epsilon)
@@ -114,12 +115,12 @@ def _tangent(r, epsilon, dtype, x, scale, bias, where, m, x_dot, scale_dot, bias
         of_x_dot = rstd if scale is None else scale * rstd
         of_x_hat = -of_x_dot * c if scale is None else scale_dot - of_x_dot * c
         of_one = -of_x_dot * a if bias is None else bias_dot - of_x_dot * a
-        y_dot = of_x_dot * x_dot + x_hat() * of_x_hat
+        y_dot = of_x_dot * x_dot + x_hat(2) * of_x_hat
         if r.centered or bias is not None:
             y_dot = y_dot + of_one
     else:
         inner = x_dot - a if r.centered else x_dot
-        y_dot = scale * (rstd * (inner - x_hat() * c)) + x_hat() * scale_dot
+        y_dot = scale * (rstd * (inner - x_hat(2) * c)) + x_hat(3) * scale_dot
         if bias is not None:
             y_dot = y_dot + bias_dot
     return counted(y_dot.astype(dtype), where), a, 2 * c / rstd
@@ -177,6 +178,7 @@ def normalize(
     mean = lay("moments.mean", moments.mean).astype(stat)
     var = lay("moments.var", moments.var).astype(stat)
     scale, bias = lay("scale", scale), lay("bias", bias)
-    m = Moments(jnp.ones_like(var), mean, var)
+    rest = jnp.asarray(lay("moments.rest", moments.rest), stat)
+    m = Moments(jnp.ones_like(var), mean, var, jnp.zeros_like(var), rest)
     epsilon = _check.epsilon(name, epsilon, stat)
     return _apply(x, m, scale, bias, where, epsilon, True, dtype)

@@ -70,8 +70,7 @@ def batch_norm(
     name = "batch_norm"
     x = _check.floating(name, x)
     along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
-    names = _check.axis_names(name, axis_name, axis_index_groups)
-    if moments is not None:
+    if moments is not None:  # no statistics to sync, so no device axis has to exist
         y = normalize(
             x,
             moments,
@@ -83,6 +82,7 @@ def batch_norm(
             dtype=dtype,
         )
         return y, moments
+    names = _check.axis_names(name, axis_name, axis_index_groups)
     r = Reduction(_axes.others(along, x.ndim), names=names)
     y, m = _norm(
         name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype

@@ -160,6 +160,15 @@ def test_initializing_does_not_update_and_needs_no_axis():
     np.testing.assert_array_equal(stats["var"], jnp.ones(3))
 
 
+def test_inference_needs_no_axis():
+    """Trained over devices, evaluated on one."""
+    x = normal((5, 3))
+    norm = linen.BatchNorm(use_running_average=True, axis_name="nowhere")
+    variables = norm.init(jax.random.key(0), x)
+    want = linen.BatchNorm(True).apply(variables, x)
+    np.testing.assert_array_equal(norm.apply(variables, x), want)
+
+
 def test_use_running_average_must_be_said_once():
     x = normal((5, 3))
     variables = linen.BatchNorm(True).init(jax.random.key(0), x)
