@@ -344,9 +344,7 @@ def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
     off = (m.mean - mean) + m.rest
     terms = [m.count * off, m.count * (m.var + jnp.square(off))]
     rest, spread = (divided(a, count) for a in lax.psum(jnp.stack(terms), r.names))
-    var = jnp.maximum(spread - jnp.square(rest), 0) + (count == 0).astype(
-        spread.dtype
-    )
+    var = jnp.maximum(spread - jnp.square(rest), 0) + (count == 0).astype(spread.dtype)
     return _in_two_parts(count, mean, rest, var, carry)
 
 

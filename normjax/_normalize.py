@@ -44,11 +44,8 @@ def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     return counted(y.astype(dtype), where)
 
 
-# Compiled, so that a call outside of jit is one program; inlined, so that a call inside
-# is no boundary to XLA, and traced once for all calls alike.
-@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
-def standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any):
+def _standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any):
     """Normalizes x by its own moments, over the reduction r.
 
     Args:
@@ -68,10 +65,10 @@ def standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any)
     return _apply(x, m, scale, bias, where, epsilon, r.centered, dtype), m
 
 
-@standardize.__wrapped__.defjvp
+@_standardize.defjvp
 def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     x, scale, bias, where = primals
-    y, m = standardize(x, scale, bias, where, r, epsilon, dtype)
+    y, m = _standardize(x, scale, bias, where, r, epsilon, dtype)
     tangent = functools.partial(_tangent, r, epsilon, dtype)
     # A checkpoint keeps for the backward pass just what the map is given: x in its own
     # dtype, the mask, the moments and the parameters. The barrier of prevent_cse keeps
@@ -81,6 +78,11 @@ def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     count_dot, rest_dot = jnp.zeros_like(m.count), jnp.zeros_like(m.rest)
     m_dot = Moments(count_dot, mean_dot, var_dot, count_dot, rest_dot)
     return (y, m), (y_dot, m_dot)
+
+
+# Compiled, so that a call outside of jit is one program; inlined, so that a call inside
+# is no boundary to XLA; and traced once for all calls alike.
+standardize = jax.jit(_standardize, static_argnums=(4, 5, 6), inline=True)
 
 
 def _tangent(r, epsilon, dtype, x, scale, bias, where, m, x_dot, scale_dot, bias_dot):
