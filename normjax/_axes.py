@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from normjax import _check
@@ -15,7 +16,8 @@ Axes = int | Sequence[int]
 
 def canonical(name: str, axis: Axes, ndim: int, what: str = "axis") -> tuple[int, ...]:
     """Returns ``axis`` as axes counted from the front, in the order given."""
-    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    several = isinstance(axis, Iterable) and np.ndim(axis) > 0
+    axes: tuple[Any, ...] = tuple(axis) if several else (axis,)  # type: ignore[arg-type]
     if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
         raise _check.error(
             TypeError,
@@ -73,8 +75,9 @@ def lay(
     """Returns ``v`` with the rank of x, ready to broadcast against it; None for None.
 
     A ``v`` whose rank is the number of ``axes`` lies along those axes in order; any
-    other must have the rank of x already. Nothing is guessed beyond that: ``[C]`` on
-    ``[N, C, H, C]`` must not scale the wrong axis.
+    other must have the rank of x already, and so has one where ``axes`` are all axes
+    of x. Nothing is guessed beyond that: ``[C]`` on ``[N, C, H, C]`` must not scale the
+    wrong axis.
     """
     if v is None:
         return None
@@ -88,7 +91,7 @@ def lay(
             f"Pass {what}.astype(jnp.float32)",
         )
     along = tuple(shape[a] for a in axes)
-    if v.shape == along:
+    if v.shape == along and len(axes) < len(shape):
         order = sorted(range(len(axes)), key=lambda i: axes[i])
         v = v if order == list(range(len(axes))) else v.transpose(order)
         return v.reshape([n if a in axes else 1 for a, n in enumerate(shape)])

@@ -104,7 +104,7 @@ def epsilon(name: str, value: Any, dtype: Any) -> float:
 
 def momentum(name: str, value: Any) -> Any:
     """Checks ``value`` where it is concrete; it is the part of the OLD value."""
-    if is_concrete(value) and not np.all((0 <= np.asarray(value)) & (value <= 1)):
+    if is_concrete(value) and not np.all(abs(np.asarray(value) - 0.5) <= 0.5):
         raise error(
             ValueError,
             name,
@@ -115,8 +115,10 @@ def momentum(name: str, value: Any) -> Any:
     return value
 
 
-def where(name: str, mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns the boolean mask as an array that broadcasts to ``shape``."""
+def where(
+    name: str, mask: Any, shape: tuple[int, ...], what: str = "where"
+) -> jax.Array | None:
+    """Returns the boolean mask, called ``what``, as an array of the rank of x."""
     if mask is None:
         return None
     mask = jnp.asarray(mask)
@@ -124,18 +126,18 @@ def where(name: str, mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
         raise error(
             TypeError,
             name,
-            "where must be boolean, True where a value counts",
-            f"where.dtype={mask.dtype}",
-            "Pass where.astype(bool) or a comparison; weights are not supported yet",
+            f"{what} must be boolean, True where a value counts",
+            f"{what}.dtype={mask.dtype}",
+            f"Pass {what}.astype(bool) or a comparison; weights are not supported yet",
         )
-    if mask.ndim == len(shape) - 1:
+    if 0 < mask.ndim == len(shape) - 1:
         raise error(
             ValueError,
             name,
-            "where must not have one axis less than x, because then it is not clear"
+            f"{what} must not have one axis less than x, because then it is not clear"
             " which axis is missing",
-            f"where.shape={mask.shape}, x.shape={shape}",
-            "Pass where[..., None] if the features are the last axis",
+            f"{what}.shape={mask.shape}, x.shape={shape}",
+            f"Pass {what}[..., None] if the features are the last axis",
         )
     if mask.ndim > len(shape) or any(
         m not in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False)
@@ -143,9 +145,9 @@ def where(name: str, mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
         raise error(
             ValueError,
             name,
-            "where must broadcast to x",
-            f"where.shape={mask.shape}, x.shape={shape}",
-            "Pass a where whose axes, from the last, are 1 or those of x",
+            f"{what} must broadcast to x",
+            f"{what}.shape={mask.shape}, x.shape={shape}",
+            f"Pass a {what} whose axes, from the last, are 1 or those of x",
         )
     return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 

@@ -23,9 +23,11 @@ def flax_dtype(dtype: Any, *arrays: jax.Array | None) -> Any:
         return jnp.result_type(*(a for a in arrays if a is not None))
 
 
-def flax_mask(mask: Any) -> jax.Array | None:
+def flax_mask(name: str, mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
     """Returns a mask of any dtype as a boolean one, which is how linen reads it."""
-    return None if mask is None else jnp.asarray(mask).astype(bool)
+    if mask is None:
+        return None
+    return _check.where(name, jnp.asarray(mask).astype(bool), shape, "mask")
 
 
 def flax_groups(

@@ -37,8 +37,8 @@ class Moments:
       var: their biased variance, real, of the same shape.
       carry: what the dtype of ``count`` could not hold: ``count + carry`` is exact in a
         stream of any length, where float32 alone would stop at 2**24.
-      rest: what the dtype of ``mean`` could not hold: ``mean + rest`` is exact however
-        far from zero the data are.
+      rest: what the dtype of ``mean`` could not hold: ``mean + rest`` has about twice
+        its digits, for data far from zero.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -123,15 +123,25 @@ class Moments:
                 f"shapes {self.shape} and {other.shape}",
                 "Take both over the same axes",
             )
-        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), self, other)
+        m, n = uniform(self), uniform(other)
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), m, n)
         merged = _first(merge(both, 0))
         # The sum of two and its exact rounding error; the limbs of `merge` have an end.
-        count = self.count + other.count
-        part = count - self.count
-        lost = (self.count - (count - part)) + (other.count - part)
-        return dataclasses.replace(
-            merged, count=count, carry=lost + both.carry[0] + both.carry[1]
-        )
+        count, lost = _exact_sum(m.count, n.count)
+        count, carry = _exact_sum(count, lost + (m.carry + n.carry))
+        return dataclasses.replace(merged, count=count, carry=carry)
+
+
+def uniform(m: Moments) -> Moments:
+    """Gives all fields of moments that were built by hand the shape of the mean."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), m.shape), m)
+
+
+def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a + b as rounded, and what the rounding left over (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
 
 
 def _first(m: Moments) -> Moments:
@@ -214,7 +224,7 @@ def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Mom
 
 
 def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
-    """Moments over r.axes in two passes: the mean, then distances from it.
+    """Moments over r.axes: the mean, then the distances from it and their squares.
 
     E[x**2] - E[x]**2 takes one pass and loses all digits when mean / std is large.
     """
@@ -290,14 +300,17 @@ def merge(m: Moments, axis: int) -> Moments:
       Array([[3.]], dtype=float32)
     """
     (axis,) = _axes.canonical("merge", axis, len(m.shape))
+    m = uniform(m)
     count, carry = _join_limbs(*(a.sum(axis, keepdims=True) for a in _limbs(m)))
     share = divided(m.count, count)
     mean = _fixed((share * m.mean).sum(axis, keepdims=True))
     off = (m.mean - mean) + m.rest
     rest = (share * off).sum(axis, keepdims=True)
     spread = m.var + jnp.square(off - rest)
-    # Moments of nothing have var 1; their share is 0.
+    # Shares do not add up to 1 exactly. About var, what they miss is nothing, so that a
+    # long stream does not drift. Moments of nothing have var 1; their share is 0.
     var = (share * spread).sum(axis, keepdims=True)
+    var = var + (share * (spread - var)).sum(axis, keepdims=True)
     var = var + (count == 0).astype(var.dtype)
     return _in_two_parts(count, mean, rest, var, carry)
 
@@ -389,8 +402,8 @@ def moments(
 ) -> Moments:
     """Takes the moments of ``x`` over ``axis``.
 
-    ``mean = sum(x) / count`` and ``var = sum((x - mean)**2) / count``, in two passes
-    and in at least float32, so that they are right for data far from zero.
+    ``mean = sum(x) / count`` and ``var = sum((x - mean)**2) / count``, corrected for
+    the rounding of the mean, in at least float32: right for data far from zero.
 
     Args:
       x: ``[...]``, floating.

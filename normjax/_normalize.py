@@ -176,6 +176,7 @@ def normalize(
     where = _check.where(name, where, x.shape)
     dtype = _check.output_dtype(name, dtype, x)
     stat = _moments.statistics_dtype(x, dtype)
+    moments = _moments.uniform(moments)
     lay = functools.partial(_axes.lay, name, axes=axes, shape=x.shape)
     mean = lay("moments.mean", moments.mean).astype(stat)
     var = lay("moments.var", moments.var).astype(stat)

@@ -70,7 +70,10 @@ def batch_norm(
     name = "batch_norm"
     x = _check.floating(name, x)
     along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
-    if moments is not None:  # no statistics to sync, so no device axis has to exist
+    # With moments given there are none to sync, so no device axis has to exist.
+    axis_name = axis_name if moments is None else None
+    names = _check.axis_names(name, axis_name, axis_index_groups)
+    if moments is not None:
         y = normalize(
             x,
             moments,
@@ -82,7 +85,6 @@ def batch_norm(
             dtype=dtype,
         )
         return y, moments
-    names = _check.axis_names(name, axis_name, axis_index_groups)
     r = Reduction(_axes.others(along, x.ndim), names=names)
     y, m = _norm(
         name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype

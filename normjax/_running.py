@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _check
-from normjax._moments import Moments
+from normjax._moments import Moments, uniform
 
 
 def blend(old: Any, new: Any, momentum: Any, count: Any) -> Any:
@@ -25,8 +25,8 @@ class RunningMoments:
     After t updates with moments m_1 ... m_t, each of mean, var and count is
     ``sum_i(w_i * m_i) / sum_i(w_i)`` with ``w_i = (1 - momentum) * momentum**(t - i)``,
     the average of Adam's bias correction (https://arxiv.org/abs/1412.6980). Reading
-    after one update gives exactly that update. A frozen pytree: `update` returns a new
-    one.
+    after one update gives exactly the count, mean and var of that update. A frozen
+    pytree: `update` returns a new one.
 
     Attributes:
       count: average number of values in an update.
@@ -108,6 +108,7 @@ class RunningMoments:
                 "Pass what batch_norm returns, or drop the axes of size 1 that moments"
                 " keeps",
             )
+        m = uniform(m)
         momentum = jnp.asarray(momentum, self.weight.dtype)
         weight = blend(self.weight, jnp.ones_like(self.weight), momentum, m.count)
         # The new value's part of the new total: 1 at the first update, which then

@@ -14,6 +14,8 @@ from flax.typing import Axes, Dtype, Initializer
 
 from normjax import _axes, _check, _module, _norms
 
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+
 _ones = nn.initializers.ones
 _zeros = nn.initializers.zeros
 
@@ -39,7 +41,7 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
     return {
         **{k: _axes.lay(name, k, v, axes, x.shape) for k, v in parameters.items()},
         "epsilon": module.epsilon,
-        "where": _module.flax_mask(mask),
+        "where": _module.flax_mask(name, mask, x.shape),
         "axis_name": None if module.is_initializing() else module.axis_name,
         "axis_index_groups": module.axis_index_groups,
         "dtype": dtype,

@@ -367,6 +367,16 @@ def test_moments_that_do_not_fit_x():
 # Modules.
 
 
+def test_mask_of_a_module_with_one_axis_less_than_x():
+    message = (
+        "LayerNorm: mask must not have one axis less than x, because then it is not clear"
+        " which axis is missing. Got mask.shape=(8, 8, 32), x.shape=(2, 8, 8, 32). Pass"
+        " mask[..., None] if the features are the last axis."
+    )
+    with raises(ValueError, message):
+        linen.LayerNorm().init(jax.random.key(0), x, mask=jnp.ones((8, 8, 32)))
+
+
 def test_group_norm_module_with_both_sizes_or_none():
     message = (
         "GroupNorm: exactly one of num_groups and group_size must be set. Got"

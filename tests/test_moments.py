@@ -102,6 +102,26 @@ def test_a_long_stream_keeps_its_count_exactly():
     assert int(stream.count) + int(stream.carry) == 2**24 + 1000
 
 
+def test_a_long_stream_does_not_drift():
+    """Past 2**24 values, where counts no longer fit: mean and var must not move."""
+    batch = normjax.Moments(jnp.ones(()), jnp.full((), 5.0), jnp.ones(()))
+    start = normjax.Moments(jnp.float32(2**24 - 9), jnp.full((), 5.0), jnp.ones(()))
+    stream = jax.jit(
+        lambda m: jax.lax.scan(lambda m, _: (m.merge(batch), None), m, length=65536)[0]
+    )(start)
+    assert int(stream.count) + int(stream.carry) == 2**24 - 9 + 65536
+    assert abs(stream.carry) <= 1
+    np.testing.assert_allclose([stream.mean, stream.var], [5, 1], rtol=1e-6)
+
+
+def test_moments_built_by_hand_may_have_a_scalar_count():
+    m = normjax.Moments(jnp.float32(1), jnp.zeros(2), jnp.ones(2))
+    n = normjax.Moments(jnp.float32(3), jnp.full(2, 4.0), jnp.ones(2))
+    merged = m.merge(n)
+    np.testing.assert_allclose(merged.mean, [3, 3])
+    np.testing.assert_allclose(merged.var, [4, 4])
+
+
 @pytest.mark.parametrize("counts", [[2**24 + 1, 2**24 + 3], [16777217] * 9, [5, 2**30]])
 def test_merge_along_an_axis_adds_counts_exactly(counts):
     high = jnp.asarray(counts, jnp.float32)

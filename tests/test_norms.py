@@ -98,6 +98,14 @@ def test_several_feature_axes_are_one_long_feature_axis():
         np.testing.assert_allclose(crossed, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3)])
+def test_parameters_along_all_axes_lie_as_x_does(shape):
+    x, scale = normal(shape), normal(shape, 1)
+    want = normjax.layer_norm(x, axis=(1, 0)) * scale
+    got = normjax.layer_norm(x, scale, axis=(1, 0))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_parameters_of_the_rank_of_x_adapt_by_sample():
     x, scale = normal((3, 5, 4)), normal((3, 1, 4), 1)
     want = normjax.instance_norm(x) * scale
