@@ -16,8 +16,9 @@ Axes = int | Sequence[int]
 
 def canonical(name: str, axis: Axes, ndim: int, what: str = "axis") -> tuple[int, ...]:
     """Returns ``axis`` as axes counted from the front, in the order given."""
-    several = isinstance(axis, Iterable) and np.ndim(axis) > 0
-    axes: tuple[Any, ...] = tuple(axis) if several else (axis,)  # type: ignore[arg-type]
+    axes: tuple[Any, ...] = (axis,)
+    if isinstance(axis, Iterable) and np.ndim(axis) > 0:
+        axes = tuple(axis)
     if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
         raise _check.error(
             TypeError,

@@ -104,7 +104,9 @@ def epsilon(name: str, value: Any, dtype: Any) -> float:
 
 def momentum(name: str, value: Any) -> Any:
     """Checks ``value`` where it is concrete; it is the part of the OLD value."""
-    if is_concrete(value) and not np.all(abs(np.asarray(value) - 0.5) <= 0.5):
+    if is_concrete(value) and not np.all(
+        (np.asarray(value) >= 0) & (np.asarray(value) <= 1)
+    ):
         raise error(
             ValueError,
             name,
