@@ -32,12 +32,17 @@ import jax.numpy as jnp
 import normjax.linen
 
 # Fresh pages for large arrays take longer than a norm does. glibc keeps the memory,
-# for every library alike, when told so before the process starts. One arena: those of
-# other threads hold 64 MiB at most, and hand back what is larger all the same.
-KEEP_MEMORY = {
+# for every library alike, when told so before the process starts. The two thresholds
+# reach its main arena alone: the arenas of other threads hold 64 MiB at most and hand
+# back what is larger all the same, so that it takes a single arena to keep all.
+_THRESHOLDS = {
     "MALLOC_MMAP_THRESHOLD_": str(2**40),
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    "MALLOC_ARENA_MAX": "1",
+}
+ALLOCATORS = {
+    "keep": _THRESHOLDS | {"MALLOC_ARENA_MAX": "1"},
+    "thresholds": _THRESHOLDS,
+    "default": {},
 }
 LIBRARIES = {"flax": flax.linen, "normjax": normjax.linen}
 BARS = {  # normjax's time over flax's
@@ -51,15 +56,16 @@ IMPORT = "import time, jax; t = time.perf_counter(); import normjax; "
 IMPORT += "print(time.perf_counter() - t)"
 
 
-def memory_is_kept() -> bool:
-    """Whether the allocator was told to keep memory."""
-    return KEEP_MEMORY.items() <= os.environ.items()
+def allocator() -> str:
+    """Says which of the allocators this process runs with."""
+    return next(k for k, v in ALLOCATORS.items() if v.items() <= os.environ.items())
 
 
-def keep_memory() -> None:
-    """Starts this process anew with an allocator that keeps memory, where it can."""
-    if platform.libc_ver()[0] == "glibc" and not memory_is_kept():
-        os.execve(sys.executable, sys.orig_argv, os.environ | KEEP_MEMORY)
+def use_allocator(name: str) -> None:
+    """Starts this process anew with an allocator, where it can."""
+    if platform.libc_ver()[0] == "glibc" and allocator() != name:
+        others = {k: v for k, v in os.environ.items() if k not in ALLOCATORS["keep"]}
+        os.execve(sys.executable, sys.orig_argv, others | ALLOCATORS[name])
 
 
 def module_of(library: Any, case: cases.Case, dtype: Any) -> Any:
@@ -168,8 +174,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--allocator",
         default="keep",
-        choices=["keep", "default"],
-        help="keep memory, or fault fresh pages in as programs do that set nothing",
+        choices=ALLOCATORS,
+        help="keep all memory; set glibc's two thresholds; or set nothing",
     )
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--quick", action="store_true", help="7 rounds")
@@ -180,11 +186,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints a table, and writes the figures where they are asked for."""
     args = parse()
-    if args.allocator == "keep":
-        keep_memory()
+    use_allocator(args.allocator)
     rounds = 7 if args.quick else args.rounds
     about = cases.versions("jax", "flax") + f"; {args.dtype}, {rounds} rounds"
-    about += f"; allocator {'told to keep memory' if memory_is_kept() else 'as it is'}"
+    about += f"; allocator: {allocator()}"
     rows = []
     for case in cases.SPEED:
         if not args.norm or case.norm in args.norm:
