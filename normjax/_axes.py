@@ -83,11 +83,11 @@ def lay(
     if v is None:
         return None
     v = jnp.asarray(v)
-    if not jnp.issubdtype(v.dtype, jnp.floating):
+    if not jnp.issubdtype(v.dtype, jnp.inexact):
         raise _check.error(
             TypeError,
             name,
-            f"{what} must be floating",
+            f"{what} must be floating or complex",
             f"{what}.dtype={v.dtype}",
             f"Pass {what}.astype(jnp.float32)",
         )

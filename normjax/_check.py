@@ -24,18 +24,32 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def floating(name: str, x: Any) -> jax.Array:
-    """Returns ``x`` as an array; refuses what has no moments."""
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+def is_bound(axis_name: Any) -> bool:
+    """Whether ``axis_name`` names a device axis here."""
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
+
+
+def choice(module: Any, field: str, choices: tuple) -> None:
+    """Refuses a value of a module's field that is not among the choices."""
+    value = getattr(module, field)
+    if value not in choices:
         raise error(
-            TypeError,
-            name,
-            "complex input is not supported yet",
-            f"x.dtype={x.dtype}",
-            "Normalize the real and imaginary parts apart",
+            ValueError,
+            type(module).__name__,
+            f"{field} must be one of {', '.join(map(repr, choices))}",
+            f"{field}={value!r}",
+            f"Pass {field}={choices[-1]!r}, say",
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+
+
+def inexact(name: str, x: Any) -> jax.Array:
+    """Returns ``x`` as an array, real or complex; refuses what has no moments."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise error(
             TypeError,
             name,
@@ -55,19 +69,32 @@ def floating(name: str, x: Any) -> jax.Array:
     return x
 
 
-def output_dtype(name: str, dtype: Any, x: jax.Array) -> Any:
-    """Returns the dtype of y: ``dtype``, or that of x where it is None."""
-    if dtype is None:
-        return x.dtype
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+def output_dtype(name: str, dtype: Any, operands: dict[str, Any]) -> Any:
+    """Returns the dtype of y: ``dtype``, or that of the operand x where it is None.
+
+    It must be complex where an operand is: an imaginary part must have its place.
+    """
+    dtype = (
+        operands["x"].dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    )
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise error(
             TypeError,
             name,
-            "dtype, the dtype of y, must be floating",
+            "dtype, the dtype of y, must be floating or complex",
             f"dtype={dtype}",
             "Pass dtype=None for the dtype of x",
         )
+    if jnp.issubdtype(dtype, jnp.floating):
+        for what, a in operands.items():
+            if a is not None and jnp.iscomplexobj(a):
+                raise error(
+                    TypeError,
+                    name,
+                    f"y must be complex, since {what} is",
+                    f"{what}.dtype={a.dtype}, dtype of y {dtype}",
+                    "Pass dtype=jnp.complex64, or the real part alone",
+                )
     return dtype
 
 
@@ -120,18 +147,32 @@ def momentum(name: str, value: Any) -> Any:
 def where(
     name: str, mask: Any, shape: tuple[int, ...], what: str = "where"
 ) -> jax.Array | None:
-    """Returns the boolean mask, called ``what``, as an array of the rank of x."""
+    """Returns the mask or the weights, called ``what``, as an array of the rank of x.
+
+    Raises where numpy's way to line it up with x is not the only one, or fails.
+    """
     if mask is None:
         return None
     mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_:
+    if not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.floating)):
         raise error(
             TypeError,
             name,
-            f"{what} must be boolean, True where a value counts",
+            f"{what} must be boolean, True where a value counts, or floating, the"
+            " weight with which it counts",
             f"{what}.dtype={mask.dtype}",
-            f"Pass {what}.astype(bool) or a comparison; weights are not supported yet",
+            f"Pass {what}.astype(bool) or {what}.astype(jnp.float32)",
         )
+    if mask.dtype != jnp.bool_ and is_concrete(mask):
+        worst = np.min(np.asarray(mask), initial=0.0)
+        if not worst >= 0:
+            raise error(
+                ValueError,
+                name,
+                "weights must not be negative or NaN",
+                f"{what} with {worst} in it",
+                f"Pass jnp.clip({what}, 0), or leave values out with weight 0",
+            )
     if 0 < mask.ndim == len(shape) - 1:
         raise error(
             ValueError,
@@ -154,23 +195,24 @@ def where(
     return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 
 
-def axis_names(name: str, axis_name: Any, axis_index_groups: Any) -> tuple:
-    """Returns the device axes as a tuple; refuses one that is bound nowhere."""
-    if axis_index_groups is not None:
-        raise error(
-            NotImplementedError,
-            name,
-            "sub-groups of devices are not supported yet",
-            f"axis_index_groups={axis_index_groups}",
-            "Split the mesh into two axes and name the inner one in axis_name",
-        )
+def devices(name: str, axis_name: Any, axis_index_groups: Any) -> tuple[tuple, tuple]:
+    """Returns the device axes and their sub-groups as tuples.
+
+    Refuses an axis that is bound nowhere, and groups that do not divide the devices.
+    """
     if axis_name is None:
-        return ()
+        if axis_index_groups is not None:
+            raise error(
+                ValueError,
+                name,
+                "axis_index_groups divides the devices of axis_name, which is missing",
+                f"axis_index_groups={axis_index_groups}, axis_name=None",
+                "Pass the axis_name of the pmap, shard_map or vmap around the call",
+            )
+        return (), ()
     names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     for n in names:
-        try:
-            lax.axis_size(n)
-        except NameError:
+        if not is_bound(n):
             mesh = jax.sharding.get_abstract_mesh().axis_names
             raise error(
                 ValueError,
@@ -180,7 +222,7 @@ def axis_names(name: str, axis_name: Any, axis_index_groups: Any) -> tuple:
                 f"axis_name={n!r}; the mesh in use has {mesh or 'no axes'}",
                 "Call it inside one of those; under jit over sharded arrays leave"
                 " axis_name=None, the statistics are synced without it",
-            ) from None
+            )
     if len(set(names)) != len(names):
         raise error(
             ValueError,
@@ -189,4 +231,27 @@ def axis_names(name: str, axis_name: Any, axis_index_groups: Any) -> tuple:
             f"axis_name={axis_name!r}",
             "Leave out the second one",
         )
-    return names
+    if axis_index_groups is None:
+        return names, ()
+    return names, groups(name, axis_index_groups, lax.axis_size(names))
+
+
+def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...], ...]:
+    """Returns sub-groups as tuples; each of ``size`` devices must be in just one."""
+    found = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    members = [i for group in found for i in group]
+    if sorted(members) != list(range(size)) or not all(found):
+        missing = sorted(set(range(size)) - set(members))
+        twice = sorted({i for i in members if members.count(i) > 1})
+        outside = sorted(set(members) - set(range(size)))
+        faults = {"missing": missing, "twice": twice, "not there": outside}
+        facts = "".join(f", {what}: {i}" for what, i in faults.items() if i)
+        raise error(
+            ValueError,
+            name,
+            "axis_index_groups must name each device of axis_name once, and no group"
+            " be empty",
+            f"axis_index_groups={[list(g) for g in found]} for {size} devices{facts}",
+            f"Pass {[list(range(size // 2)), list(range(size // 2, size))]}, say",
+        )
+    return found

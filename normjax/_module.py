@@ -1,11 +1,14 @@
 """What the linen and the nnx modules share: from fields to arguments of a function."""
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from normjax import _axes, _check
+from normjax import _axes, _check, _norms
 from normjax._moments import Moments
 from normjax._running import blend
 
@@ -23,11 +26,47 @@ def flax_dtype(dtype: Any, *arrays: jax.Array | None) -> Any:
         return jnp.result_type(*(a for a in arrays if a is not None))
 
 
-def flax_mask(name: str, mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns a mask of any dtype as a boolean one, which is how linen reads it."""
+def flax_mask(
+    name: str, mask: Any, shape: tuple[int, ...], is_weight: bool = False
+) -> jax.Array | None:
+    """Returns a mask of any dtype as a boolean one, which is how linen reads it.
+
+    A mask of one axis less than x lines up as in numpy, as in Flax, unless it could be
+    meant to line up with the first axes.
+    """
     if mask is None:
         return None
-    return _check.where(name, jnp.asarray(mask).astype(bool), shape, "mask")
+    mask = jnp.asarray(mask)
+    if not is_weight:
+        mask = mask.astype(bool)
+    elif jnp.issubdtype(mask.dtype, jnp.integer):
+        mask = mask.astype(jnp.float32)
+    first = zip(mask.shape, shape, strict=False)
+    if mask.ndim == len(shape) - 1 and (
+        mask.size == 1 or any(n not in (1, m) for n, m in first)
+    ):
+        mask = mask[None]
+    return _check.where(name, mask, shape, "mask")
+
+
+def devices(module: Any, initializing: bool = False) -> dict[str, Any]:
+    """Returns the arguments axis_name and axis_index_groups of a norm.
+
+    A named axis need not exist while the module is initialized, or where it says that
+    one that is missing is to be ignored.
+    """
+    _check.choice(module, "missing_axis", ("raise", "ignore"))
+    names, groups = module.axis_name, module.axis_index_groups
+    if initializing:
+        names = groups = None
+    elif names is not None and module.missing_axis == "ignore":
+        names = names if isinstance(names, (tuple, list)) else (names,)
+        bound = tuple(n for n in names if _check.is_bound(n))
+        if not bound:
+            names = groups = None
+        elif groups is None:
+            names = bound
+    return {"axis_name": names, "axis_index_groups": groups}
 
 
 def flax_groups(
@@ -86,47 +125,169 @@ def flax_features(feature_axes: _axes.Axes, ndim: int) -> tuple[int, ...]:
     return axes
 
 
-def given(running: tuple[jax.Array, jax.Array]) -> Moments:
-    """Returns the running mean and variance as moments to normalize by."""
-    mean, var = running
-    return Moments(jnp.ones_like(var), mean, var)
+class Statistics(NamedTuple):
+    """The running statistics of a batch norm, along its features.
 
-
-def update(
-    old: tuple[jax.Array, jax.Array], m: Moments, momentum: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the running mean and variance after a batch of moments m.
-
-    ``momentum * old + (1 - momentum) * new``, as in Flax; nothing moves where nothing
-    was counted.
+    Attributes:
+      mean: running mean.
+      var: running variance.
+      count: how many updates counted a value; None where the module needs no count.
     """
-    _check.momentum("BatchNorm", momentum)
-    mean, var = old
-    return blend(mean, m.mean, momentum, m.count), blend(var, m.var, momentum, m.count)
+
+    mean: Any
+    var: Any
+    count: Any = None
 
 
-def check_statistics(old: tuple[jax.Array, jax.Array], features: list[int]) -> None:
+def counts_updates(module: Any) -> bool:
+    """Whether the module has ``batch_stats/count``."""
+    return module.momentum is None or module.debias
+
+
+def switches(module: Any, use_running_average: bool | None) -> tuple[bool, bool]:
+    """Returns whether to normalize by the running statistics, and to update them."""
+    _check.choice(module, "normalize_with", (None, "batch", "running"))
+    _check.choice(module, "running_variance", ("biased", "unbiased"))
+    if module.normalize_with is not None:
+        with_running = module.normalize_with == "running"
+        if use_running_average is None:
+            use_running_average = with_running
+    elif use_running_average is None:
+        raise _check.error(
+            ValueError,
+            "BatchNorm",
+            "either use_running_average or normalize_with must be set",
+            "use_running_average=None and normalize_with=None",
+            "Pass use_running_average=not train, to the module or to the call",
+        )
+    else:
+        with_running = use_running_average
+    update = module.update_statistics
+    return with_running, not use_running_average if update is None else update
+
+
+def batch_norm(
+    x: Any, running: Statistics, with_running: bool, update: bool, **arguments: Any
+) -> tuple[jax.Array, Moments]:
+    """Normalizes x by its own or by running statistics; returns also those to add."""
+    if not with_running:
+        return _norms.batch_norm(x, **arguments)
+    moments = Moments(jnp.ones_like(running.var), running.mean, running.var)
+    y, m = _norms.batch_norm(x, moments=moments, **arguments)
+    return y, _norms.batch_norm(x, **arguments)[1] if update else m
+
+
+def check_updated(running: Statistics) -> None:
+    """Refuses to normalize by running statistics that nothing was added to yet."""
+    count = running.count
+    if count is not None and _check.is_concrete(count) and not np.any(count):
+        raise _check.error(
+            ValueError,
+            "BatchNorm",
+            "running statistics must be updated before they normalize",
+            "a count of 0 updates in batch_stats",
+            "Train first, or, if mean and var come from a checkpoint without a count,"
+            " set batch_stats/count to its number of updates",
+        )
+
+
+def update(module: Any, old: Statistics, m: Moments, momentum: Any) -> Statistics:
+    """Returns the running statistics after a batch of moments m.
+
+    ``momentum * old + (1 - momentum) * new``, as in Flax. After t updates that is
+
+        momentum=None   1 / t of each: the cumulative average
+        debias=True     (1 - momentum) / (1 - momentum**t) of the new one, so that what
+                        they started from has no part (https://arxiv.org/abs/1412.6980)
+
+    Nothing moves where nothing was counted.
+    """
+    if momentum is None:
+        momentum = module.momentum
+    elif module.momentum is None:
+        raise _check.error(
+            ValueError,
+            "BatchNorm",
+            "a cumulative average has no momentum",
+            f"momentum={momentum} in the call, momentum=None in the module",
+            "Leave it out of the call, or give the module a momentum",
+        )
+    count, counted = old.count, (m.count > 0).astype(m.count.dtype)
+    if count is not None:
+        count = count + counted.astype(count.dtype)
+        t = jnp.maximum(count, 1).astype(m.count.dtype)
+    if momentum is None:
+        momentum = 1 - 1 / t
+    else:
+        _check.momentum("BatchNorm", momentum)
+        if module.debias:
+            # 1 - momentum**t, without cancellation where momentum is near 1.
+            total = -jnp.expm1(t * jnp.log(jnp.asarray(momentum, t.dtype)))
+            momentum = 1 - (1 - momentum) / jnp.where(total > 0, total, 1)
+    var, measured = m.var, m.count
+    if module.running_variance == "unbiased":
+        # Of a single value there is none, and what it would update stays as it is.
+        measured = jnp.maximum(m.count - 1, 0)
+        var = var * (m.count / jnp.where(measured > 0, measured, 1))
+    return Statistics(
+        blend(old.mean, m.mean, momentum, m.count),
+        blend(old.var, var, momentum, measured),
+        count,
+    )
+
+
+def along(running: Statistics, features: Sequence[int]) -> Statistics:
+    """Lays statistics of nnx, one long vector, along the features."""
+    if all(a is None or a.size == math.prod(features) for a in running):
+        running = Statistics(
+            *(a if a is None else a.reshape(features) for a in running)
+        )
+    check_statistics(running, features)
+    return running
+
+
+def frozen(value: Any) -> Any:
+    """Returns a field with its lists as tuples, as nnx wants what is no state."""
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(v) for v in value)
+    return value
+
+
+def check_statistics(old: Statistics, features: Sequence[int]) -> None:
     """Refuses running statistics of another shape than the features have."""
-    shapes = [jnp.shape(a) for a in old]
-    if shapes != [tuple(features)] * 2:
+    shapes = {k: jnp.shape(a) for k, a in old._asdict().items() if a is not None}
+    if any(shape != tuple(features) for shape in shapes.values()):
         raise _check.error(
             ValueError,
             "BatchNorm",
             "batch_stats must have the shape of the features",
-            f"mean and var of shapes {shapes[0]} and {shapes[1]}, features"
-            f" {tuple(features)}",
+            ", ".join(f"{k} of shape {shape}" for k, shape in shapes.items())
+            + f", features {tuple(features)}",
             "Pass the batch_stats of this model",
         )
 
 
-def missing_statistics(path: tuple[str, ...]) -> Exception:
+def missing_statistics(path: tuple[str, ...], name: str) -> Exception:
     """The error for statistics that would start anew at every call, unnoticed."""
     return _check.error(
         ValueError,
         "BatchNorm",
         "apply needs the running statistics, or they would start from 0 and 1 again at"
         " every call",
-        f"no batch_stats/{'/'.join((*path, 'mean'))} in the variables",
+        f"no batch_stats/{'/'.join((*path, name))} in the variables",
         'Pass {"params": params, "batch_stats": batch_stats}, with the batch_stats that'
         " init or the last apply returned",
+    )
+
+
+def missing_count(path: tuple[str, ...], features: Sequence[int]) -> Exception:
+    """The error for statistics of a checkpoint whose updates were not counted."""
+    name = "/".join((*path, "count"))
+    return _check.error(
+        ValueError,
+        "BatchNorm",
+        "momentum=None and debias=True need the number of updates so far",
+        f"batch_stats/{'/'.join((*path, 'mean'))} and no batch_stats/{name}",
+        f"Add batch_stats/{name} = jnp.full({tuple(features)}, updates_so_far,"
+        " jnp.float32), or set momentum and debias=False",
     )

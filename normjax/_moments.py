@@ -4,11 +4,14 @@ This is the only file that talks to named device axes.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from normjax import _axes, _check
@@ -30,10 +33,11 @@ class Moments:
     ``var`` is the biased variance, ``sum(|x - mean|**2) / count``; the unbiased one is
     ``var * count / (count - 1)``. Uncentered moments (`rms_norm`) have mean 0 and
     ``var = sum(|x|**2) / count``. Where nothing was counted, count is 0, mean 0, var 1.
+    With weights, every sum is weighted, and count is the sum of the weights.
 
     Attributes:
       count: how many values were counted, real, at least float32.
-      mean: their mean, of the same shape.
+      mean: their mean, of the same shape; complex where the values are.
       var: their biased variance, real, of the same shape.
       carry: what the dtype of ``count`` could not hold: ``count + carry`` is exact in a
         stream of any length, where float32 alone would stop at 2**24.
@@ -156,6 +160,7 @@ class Reduction(NamedTuple):
       group_axes: feature axes whose moments are merged within groups, or ().
       num_groups: into how many groups; 0 where group_axes is ().
       names: device axes over which moments are merged.
+      groups: sub-groups of those devices, each of which merges its own, or ().
       centered: whether the variance is about the mean, or about zero.
     """
 
@@ -163,13 +168,57 @@ class Reduction(NamedTuple):
     group_axes: tuple[int, ...] = ()
     num_groups: int = 0
     names: tuple = ()
+    groups: tuple[tuple[int, ...], ...] = ()
     centered: bool = True
 
 
 def statistics_dtype(x: jax.Array, dtype: Any = None) -> Any:
-    """The dtype statistics accumulate in: float32 or what x or y have beyond it."""
-    dtypes = [jnp.dtype(jnp.float32), x.dtype, x.dtype if dtype is None else dtype]
-    return max(dtypes, key=lambda d: jnp.finfo(d).bits)
+    """The dtype statistics accumulate in: float32 or what x or y have beyond it.
+
+    Real. The mean of complex x has the complex dtype of this precision.
+    """
+    dtypes = [jnp.float32, x.dtype, x.dtype if dtype is None else dtype]
+    return max((jnp.finfo(d).dtype for d in dtypes), key=lambda d: d.itemsize)
+
+
+def widened(a: jax.Array, dtype: Any) -> jax.Array:
+    """Returns ``a`` in a dtype of statistics, or the complex one of its precision."""
+    if jnp.iscomplexobj(a):
+        dtype = jnp.complex64 if dtype == jnp.float32 else jnp.complex128
+    return a.astype(dtype)
+
+
+def by_parts(f: Callable, a: jax.Array) -> jax.Array:
+    """Applies ``f`` to the real and the imaginary part, if there are two."""
+    return lax.complex(f(a.real), f(a.imag)) if jnp.iscomplexobj(a) else f(a)
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a * b``, where either may be complex and none is made so for it."""
+    if jnp.iscomplexobj(a) == jnp.iscomplexobj(b):
+        return a * b
+    a, b = (a, b) if jnp.iscomplexobj(a) else (b, a)
+    return by_parts(lambda part: part * b, a)
+
+
+def added(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a + b``, where either may be complex."""
+    if jnp.iscomplexobj(a) == jnp.iscomplexobj(b):
+        return a + b
+    a, b = (a, b) if jnp.iscomplexobj(a) else (b, a)
+    return a + b.astype(a.dtype)
+
+
+def aligned(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``Re(conj(a) * b)``, what the square is to a product: real, linear in both."""
+    if jnp.iscomplexobj(a):
+        return a.real * b.real + a.imag * b.imag
+    return a * b
+
+
+def squared(a: jax.Array) -> jax.Array:
+    """``|a|**2``."""
+    return aligned(a, a) if jnp.iscomplexobj(a) else jnp.square(a)
 
 
 def own(a: jax.Array, copy: int) -> jax.Array:
@@ -189,7 +238,20 @@ def counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
     """Zeroes what does not count, so that NaN there leaves no trace."""
     if where is None:
         return x
+    if where.dtype != jnp.bool_:
+        where = where > 0
     return jnp.where(_axes.sharded_like(where, x), x, jnp.zeros_like(x))
+
+
+def weighed(a: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Multiplies by the weights, where there are other ones than 0 and 1.
+
+    What does not count is zero already.
+    """
+    if where is None or where.dtype == jnp.bool_:
+        return a
+    weights = where.astype(jnp.finfo(a.dtype).dtype)
+    return product(a, _axes.sharded_like(weights, a))
 
 
 def divided(total: jax.Array, count: jax.Array, empty: float = 0.0) -> jax.Array:
@@ -197,8 +259,8 @@ def divided(total: jax.Array, count: jax.Array, empty: float = 0.0) -> jax.Array
 
     By arithmetic, since on an explicit mesh a select wants both sharded alike.
     """
-    nothing = (count == 0).astype(total.dtype)
-    quotient = total / (count + nothing)
+    nothing = (count == 0).astype(count.dtype)
+    quotient = by_parts(lambda part: part / (count + nothing), total)
     return quotient + empty * nothing if empty else quotient
 
 
@@ -227,19 +289,22 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
 
     E[x**2] - E[x]**2 takes one pass and loses all digits when mean / std is large.
     """
+    if where is not None and where.dtype != jnp.bool_:
+        # What does not count is not there, to derivatives by the weight either.
+        where = jnp.where(where > 0, where, jnp.zeros_like(where))
 
     def total(a):
-        return a.sum(r.axes, keepdims=True)
+        return weighed(a, where).sum(r.axes, keepdims=True)
 
-    x = counted(x, where).astype(dtype)
+    x = widened(counted(x, where), dtype)
     count, carry = _count(x, where, r.axes, dtype)
     if not r.centered:
-        var = divided(total(jnp.square(x)), count, empty=1.0)
-        return Moments(count, jnp.zeros_like(var), var, carry)
+        var = divided(total(squared(x)), count, empty=1.0)
+        return Moments(count, jnp.zeros_like(var, dtype=x.dtype), var, carry)
     mean = _fixed(divided(total(x), count))
     rest = divided(total(counted(x - own(mean, 1), where)), count)
-    spread = total(jnp.square(counted(x - own(mean, 2), where)))
-    var = jnp.maximum(divided(spread, count, empty=1.0) - jnp.square(rest), 0)
+    spread = total(squared(counted(x - own(mean, 2), where)))
+    var = jnp.maximum(divided(spread, count, empty=1.0) - squared(rest), 0)
     return _in_two_parts(count, mean, rest, var, carry)
 
 
@@ -250,7 +315,7 @@ def _fixed(a: jax.Array) -> jax.Array:
     in each fusion that uses it, and contract it there with the sum that follows.
     """
     info = jnp.finfo(a.dtype)
-    return lax.reduce_precision(a, info.nexp, info.nmant - 1)
+    return by_parts(lambda p: lax.reduce_precision(p, info.nexp, info.nmant - 1), a)
 
 
 def _in_two_parts(count, near, rest, var, carry) -> Moments:
@@ -268,9 +333,12 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
         return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
+    wide = jnp.broadcast_to(where, x.shape)
+    if where.dtype != jnp.bool_:
+        count = wide.sum(axes, keepdims=True, dtype=dtype)
+        return count, jnp.zeros_like(count)
     # A sum in the dtype of the statistics shares their all-reduce, where it is exact.
     exact = n < 1 / jnp.finfo(dtype).eps
-    wide = jnp.broadcast_to(where, x.shape)
     total = wide.sum(axes, keepdims=True, dtype=dtype if exact else jnp.int32)
     count = total.astype(dtype)
     return count, (total - count.astype(total.dtype)).astype(dtype)
@@ -302,10 +370,10 @@ def merge(m: Moments, axis: int) -> Moments:
     m = uniform(m)
     count, carry = _join_limbs(*(a.sum(axis, keepdims=True) for a in _limbs(m)))
     share = divided(m.count, count)
-    mean = _fixed((share * m.mean).sum(axis, keepdims=True))
+    mean = _fixed(product(share, m.mean).sum(axis, keepdims=True))
     off = (m.mean - mean) + m.rest
-    rest = (share * off).sum(axis, keepdims=True)
-    spread = m.var + jnp.square(off - rest)
+    rest = product(share, off).sum(axis, keepdims=True)
+    spread = m.var + squared(off - rest)
     # Shares do not add up to 1 exactly. About var, what they miss is nothing, so that a
     # long stream does not drift. Moments of nothing have var 1; their share is 0.
     var = (share * spread).sum(axis, keepdims=True)
@@ -325,7 +393,7 @@ def _join_limbs(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
-    """Merges the moments of all devices along r.names.
+    """Merges the moments of all devices along r.names, or of those in one's group.
 
     Exactly, where a plain psum of (count, sum, sum of squares) would be as unsafe as
     E[x**2] - E[x]**2: each device writes its moments into its own row of zeros, one
@@ -334,29 +402,35 @@ def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
     """
     if not r.centered:
         (total,), count, carry = _sums([m.count * m.var], m, r, even)
-        return Moments(count, jnp.zeros_like(total), divided(total, count, 1.0), carry)
+        return Moments(count, m.mean, divided(total, count, 1.0), carry)
     size = lax.axis_size(r.names)
-    rows = [m.mean, m.rest, m.var] + ([] if even else [m.count, m.carry])
-    buffer = jnp.stack(rows)[None]
+    fields = [m.mean, m.rest, m.var] + ([] if even else [m.count, m.carry])
+    buffer = _packed(fields)[None]
     if size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES:
         return _across_devices_twice(m, r, even)
-    mine = jnp.arange(size, dtype=jnp.int32) == lax.axis_index(r.names)
-    mine = mine.reshape(size, *(1 for _ in buffer.shape[1:]))
-    buffer = lax.psum(jnp.where(mine, buffer, jnp.zeros_like(buffer)), r.names)
-    mean, rest, var, *counts = (buffer[:, i] for i in range(buffer.shape[1]))
+    rows = lax.psum(
+        _alone(buffer, _row(lax.axis_index(r.names), size, buffer)), r.names
+    )
+    mean, rest, var, *counts = _unpacked(rows, fields, axis=1)
     if even:
-        counts = [jnp.broadcast_to(a, mean.shape) for a in (m.count, m.carry)]
-    return _first(merge(Moments(counts[0], mean, var, counts[1], rest), 0))
+        counts = [jnp.broadcast_to(a, var.shape) for a in (m.count, m.carry)]
+    m = Moments(counts[0], mean, var, counts[1], rest)
+    if r.groups:
+        # As if those of other groups had counted nothing; a product would keep NaN.
+        ours = _groups_of(r)[np.arange(size)] == _groups_of(r)[lax.axis_index(r.names)]
+        ours = ours.reshape(size, *(1 for _ in var.shape[1:]))
+        m = jax.tree.map(lambda a: _alone(a, ours), m)
+    return _first(merge(m, 0))
 
 
 def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
     """`_across_devices` for large moments: first means, then distances from them."""
-    (total,), count, carry = _sums([m.count * m.mean], m, r, even)
+    (total,), count, carry = _sums([product(m.count, m.mean)], m, r, even)
     mean = _fixed(divided(total, count))
     off = (m.mean - mean) + m.rest
-    terms = [m.count * off, m.count * (m.var + jnp.square(off))]
-    rest, spread = (divided(a, count) for a in lax.psum(jnp.stack(terms), r.names))
-    var = jnp.maximum(spread - jnp.square(rest), 0) + (count == 0).astype(spread.dtype)
+    terms = [product(m.count, off), m.count * (m.var + squared(off))]
+    rest, spread = (divided(a, count) for a in _added_up(terms, r))
+    var = jnp.maximum(spread - squared(rest), 0) + (count == 0).astype(spread.dtype)
     return _in_two_parts(count, mean, rest, var, carry)
 
 
@@ -364,12 +438,59 @@ def _sums(terms: list, m: Moments, r: Reduction, even: bool):
     """Adds up terms and counts over the devices, in one all-reduce."""
     high, low = _limbs(m)
     if even:
-        size = lax.axis_size(r.names)
-        return lax.psum(jnp.stack(terms), r.names), *_join_limbs(
-            high * size, low * size
-        )
-    *terms, high, low = lax.psum(jnp.stack([*terms, high, low]), r.names)
+        sizes = [len(group) for group in r.groups] or [lax.axis_size(r.names)]
+        group = _groups_of(r)[lax.axis_index(r.names)] if r.groups else 0
+        size = jnp.asarray(sizes, m.count.dtype)[group]
+        return _added_up(terms, r), *_join_limbs(high * size, low * size)
+    *terms, high, low = _added_up([*terms, high, low], r)
     return terms, *_join_limbs(high, low)
+
+
+def _added_up(terms: list, r: Reduction) -> list:
+    """Adds up each term over the devices, or over those of one's group, in one psum.
+
+    A group has a row of its own: psum's axis_index_groups want groups of one size, and
+    are refused under vmap and under shard_map with check_vma.
+    """
+    packed = _packed(terms)
+    if not r.groups:
+        return _unpacked(lax.psum(packed, r.names), terms)
+    packed = packed[None]
+    mine = _row(_groups_of(r)[lax.axis_index(r.names)], len(r.groups), packed)
+    rows = lax.psum(_alone(packed, mine), r.names)
+    return _unpacked(_alone(rows, mine).sum(0), terms)
+
+
+def _groups_of(r: Reduction) -> jax.Array:
+    """The number of the group that each device is in."""
+    members = sorted((i, g) for g, group in enumerate(r.groups) for i in group)
+    return jnp.asarray([g for _, g in members], jnp.int32)
+
+
+def _row(index: jax.Array, size: int, like: jax.Array) -> jax.Array:
+    """Marks one row of so many, to broadcast against arrays of rows."""
+    mine = jnp.arange(size, dtype=jnp.int32) == index
+    return mine.reshape(size, *(1 for _ in like.shape[1:]))
+
+
+def _alone(a: jax.Array, rows: jax.Array) -> jax.Array:
+    """Zeroes all but the rows that are marked."""
+    return jnp.where(rows, a, jnp.zeros_like(a))
+
+
+def _packed(arrays: list) -> jax.Array:
+    """Stacks arrays of one shape; a complex one as its two parts."""
+    parts = ([a.real, a.imag] if jnp.iscomplexobj(a) else [a] for a in arrays)
+    return jnp.stack(list(itertools.chain.from_iterable(parts)))
+
+
+def _unpacked(packed: jax.Array, like: list, axis: int = 0) -> list:
+    """Undoes `_packed`, along an axis."""
+    parts = iter(jnp.moveaxis(packed, axis, 0))
+    return [
+        lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(a) else next(parts)
+        for a in like
+    ]
 
 
 def average(terms: list, m: Moments, r: Reduction) -> list:
@@ -385,7 +506,7 @@ def average(terms: list, m: Moments, r: Reduction) -> list:
             for t in terms
         ]
     if r.names:
-        terms = list(lax.psum(jnp.stack(terms), r.names))
+        terms = _added_up(terms, r)
     if r.group_axes:
         terms = [_axes.join_groups(t, r.group_axes, shape) for t in terms]
     return [divided(t, m.count) for t in terms]
@@ -405,20 +526,23 @@ def moments(
     the rounding of the mean, in at least float32: right for data far from zero.
 
     Args:
-      x: ``[...]``, floating.
+      x: ``[...]``, floating or complex.
       axis: the axes reduced; they are kept with size 1.
-      where: boolean, broadcasts to ``x``: which values count. None: all.
+      where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
+        not negative, with which each does. None: all alike.
       axis_name: device axes, one or several, over which the moments are merged, exactly
         and weighted by count.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        merge each their own. None: all devices together.
 
     Returns:
       `Moments` of the shape of ``x`` with the reduced axes of size 1.
 
     Raises:
-      TypeError: if ``x`` is not floating or ``where`` not boolean.
+      TypeError: if ``x`` or ``where`` is an integer.
       ValueError: if an axis is out of range or given twice, ``where`` does not
-        broadcast or has one axis less than ``x``, or an axis name is not bound.
+        broadcast or has one axis less than ``x``, a weight is negative, an axis name is
+        not bound, or groups do not divide the devices.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -429,10 +553,9 @@ def moments(
       Array([[9.6875]], dtype=float32)
     """
     name = "moments"
-    x = _check.floating(name, x)
-    r = Reduction(
-        axes=_axes.canonical(name, axis, x.ndim),
-        names=_check.axis_names(name, axis_name, axis_index_groups),
-    )
+    x = _check.inexact(name, x)
+    axes = _axes.canonical(name, axis, x.ndim)
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
+    r = Reduction(axes, names=names, groups=groups)
     where = _check.where(name, where, x.shape)
     return take(x, where, r, statistics_dtype(x))

@@ -11,9 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from normjax import _axes, _check, _moments
-from normjax._moments import Moments, Reduction, average, counted, own
+from normjax._moments import (
+    Moments,
+    Reduction,
+    added,
+    aligned,
+    average,
+    counted,
+    own,
+    product,
+    squared,
+    weighed,
+    widened,
+)
 
 
 def _rstd(var: jax.Array, epsilon: float) -> jax.Array:
@@ -29,18 +42,19 @@ def _small(x: jax.Array, *operands: jax.Array | None) -> bool:
 def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     """The formula, in the dtype of the moments; y is zero where nothing counts."""
     stat = m.var.dtype
-    y = counted(x, where).astype(stat)
+    y = widened(counted(x, where), stat)
     if centered:
-        y = (y - own(m.mean, 3)) - own(m.rest, 3)
+        y = added(added(y, -own(m.mean, 3)), -own(m.rest, 3))
     factor = _rstd(m.var, epsilon)
     if scale is not None:
+        scale = widened(scale, stat)
         if _small(x, factor, scale):
-            factor = factor * scale.astype(stat)
+            factor = product(factor, scale)
         else:
-            y, factor = y * factor, scale.astype(stat)
-    y = y * factor
+            y, factor = product(y, factor), scale
+    y = product(y, factor)
     if bias is not None:
-        y = y + bias.astype(stat)
+        y = added(y, widened(bias, stat))
     return counted(y.astype(dtype), where)
 
 
@@ -49,10 +63,10 @@ def _standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any
     """Normalizes x by its own moments, over the reduction r.
 
     Args:
-      x: floating, of rank 1 or more.
+      x: floating or complex, of rank 1 or more.
       scale: None, or of the rank of x, broadcasting to it.
       bias: as scale.
-      where: None, or boolean, of the rank of x, broadcasting to it.
+      where: None, or boolean or weights, of the rank of x, broadcasting to it.
       r: over what the moments are taken.
       epsilon: added to the variance.
       dtype: of y.
@@ -65,67 +79,106 @@ def _standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any
     return _apply(x, m, scale, bias, where, epsilon, r.centered, dtype), m
 
 
-@_standardize.defjvp
 def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     x, scale, bias, where = primals
     y, m = _standardize(x, scale, bias, where, r, epsilon, dtype)
+    *tangents, where_dot = tangents
+    # The tangent of weights that are not differentiated costs nothing; masks have none.
+    weights = where is not None and where.dtype != jnp.bool_
+    if not weights or isinstance(where_dot, SymbolicZero):
+        where_dot = None
+    tangents = [
+        jnp.zeros_like(a) if isinstance(t, SymbolicZero) else t
+        for a, t in zip((x, scale, bias), tangents, strict=True)
+    ]
     tangent = functools.partial(_tangent, r, epsilon, dtype)
     # A checkpoint keeps for the backward pass just what the map is given: x in its own
     # dtype, the mask, the moments and the parameters. The barrier of prevent_cse keeps
     # XLA from sharing, and so storing, what forward and backward both compute.
     tangent = jax.checkpoint(tangent, prevent_cse=True)
-    y_dot, mean_dot, var_dot = tangent(x, scale, bias, where, m, *tangents[:3])
-    count_dot, rest_dot = jnp.zeros_like(m.count), jnp.zeros_like(m.rest)
-    m_dot = Moments(count_dot, mean_dot, var_dot, count_dot, rest_dot)
+    y_dot, mean_dot, var_dot, count_dot = tangent(
+        x, scale, bias, where, m, *tangents, where_dot
+    )
+    if count_dot is None:
+        count_dot = jnp.zeros_like(m.count)
+    m_dot = Moments(
+        count_dot, mean_dot, var_dot, jnp.zeros_like(m.carry), jnp.zeros_like(m.rest)
+    )
     return (y, m), (y_dot, m_dot)
 
+
+_standardize.defjvp(_standardize_jvp, symbolic_zeros=True)
 
 # Compiled, so that a call outside of jit is one program; inlined, so that a call inside
 # is no boundary to XLA; and traced once for all calls alike.
 standardize = jax.jit(_standardize, static_argnums=(4, 5, 6), inline=True)
 
 
-def _tangent(r, epsilon, dtype, x, scale, bias, where, m, x_dot, scale_dot, bias_dot):
-    """The derivative, as a map that is linear in its last three arguments.
+def _tangent(
+    r, epsilon, dtype, x, scale, bias, where, m, x_dot, scale_dot, bias_dot, where_dot
+):
+    """The derivative, as a map that is linear in its last four arguments.
 
         a     = <x_dot>                    mean_dot = a
-        c     = <x_hat * x_dot>            var_dot  = 2 c / rstd
+        c     = <Re(conj(x_hat) * x_dot)>  var_dot  = 2 c / rstd
         y_dot = scale * rstd * (x_dot - a - x_hat * c) + x_hat * scale_dot + bias_dot
 
     where <.> averages over the reduced axes and the devices, and an uncentered norm has
-    no a. JAX transposes the map, and that is reverse mode.
+    no a. Weights w make <.> = sum(w * .) / sum(w), and add to the averages
+
+        a: sum(w_dot * (x - mean)) / sum(w)
+        c: sum(w_dot * (|x - mean|**2 - var)) / sum(w) * rstd / 2
+
+    where they are not 0. JAX transposes the map, and that is reverse mode.
     """
     stat = m.var.dtype
-    x = counted(x, where).astype(stat)
-    x_dot = counted(x_dot, where).astype(stat)
+    x, x_dot = (widened(counted(v, where), stat) for v in (x, x_dot))
 
-    def x_hat(use):  # one for each use, with its own copies: see `own`
-        centered = (x - own(m.mean, use)) - own(m.rest, use) if r.centered else x
-        return counted(centered * _rstd(own(m.var, use), epsilon), where)
+    def centered(use):  # one for each use, with its own copies: see `own`
+        return (x - own(m.mean, use)) - own(m.rest, use) if r.centered else x
 
-    averages = average([x_hat(1) * x_dot, *([x_dot] if r.centered else [])], m, r)
-    c = averages[0]
-    a = averages[1] if r.centered else jnp.zeros_like(c)
+    def x_hat(use):
+        return counted(product(centered(use), _rstd(own(m.var, use), epsilon)), where)
+
     rstd = _rstd(m.var, epsilon)
+    terms = [weighed(aligned(x_hat(1), x_dot), where)]
+    if r.centered:
+        terms.append(weighed(x_dot, where))
+    count_dot = None
+    if where_dot is not None:
+        w_dot = counted(jnp.broadcast_to(where_dot.astype(stat), x.shape), where)
+        spread = (squared(centered(3)) - m.var) * (rstd / 2)
+        terms[0] = terms[0] + spread * w_dot
+        if r.centered:
+            terms[1] = terms[1] + product(centered(4), w_dot)
+        terms.append(w_dot)
+    averages = average(terms, m, r)
+    c = averages[0]
+    a = averages[1] if r.centered else jnp.zeros_like(m.mean)
+    if where_dot is not None:
+        count_dot = averages[-1] * m.count
     if scale is not None:
-        scale, scale_dot = scale.astype(stat), scale_dot.astype(stat)
+        scale, scale_dot = widened(scale, stat), widened(scale_dot, stat)
     if bias is not None:
-        bias_dot = bias_dot.astype(stat)
+        bias_dot = widened(bias_dot, stat)
     if scale is None or _small(x, rstd, scale):
         # Of x_dot, x_hat and 1, the coefficients first, at their small shape: the
         # transpose then needs just the two sums that dscale and dbias are anyway.
-        of_x_dot = rstd if scale is None else scale * rstd
-        of_x_hat = -of_x_dot * c if scale is None else scale_dot - of_x_dot * c
-        of_one = -of_x_dot * a if bias is None else bias_dot - of_x_dot * a
-        y_dot = of_x_dot * x_dot + x_hat(2) * of_x_hat
+        of_x_dot = rstd if scale is None else product(scale, rstd)
+        of_x_hat = -product(of_x_dot, c)
+        if scale is not None:
+            of_x_hat = scale_dot + of_x_hat
+        y_dot = added(product(of_x_dot, x_dot), product(x_hat(2), of_x_hat))
         if r.centered or bias is not None:
-            y_dot = y_dot + of_one
+            of_one = -product(of_x_dot, a)
+            y_dot = added(y_dot, of_one if bias is None else added(bias_dot, of_one))
     else:
         inner = x_dot - a if r.centered else x_dot
-        y_dot = scale * (rstd * (inner - x_hat(2) * c)) + x_hat(3) * scale_dot
+        inner = product(rstd, inner - product(x_hat(2), c))
+        y_dot = added(product(scale, inner), product(x_hat(3), scale_dot))
         if bias is not None:
-            y_dot = y_dot + bias_dot
-    return counted(y_dot.astype(dtype), where), a, 2 * c / rstd
+            y_dot = added(y_dot, bias_dot)
+    return counted(y_dot.astype(dtype), where), a, 2 * c / rstd, count_dot
 
 
 def normalize(
@@ -147,21 +200,20 @@ def normalize(
     gradients (``normalize(x, moments(x, axis))``), the gradient is the full one.
 
     Args:
-      x: ``[...]``, floating.
+      x: ``[...]``, floating or complex.
       moments: of the rank of ``x``, broadcasting to it, or with the features' shape.
       scale: None, the features' shape, or of the rank of ``x``, broadcasting to it.
       bias: as ``scale``.
       epsilon: added to the variance; above zero.
       feature_axis: the axes, one or several, along which a vector of features lies.
-      where: boolean, broadcasts to ``x``; ``y`` is zero where it is False.
+      where: boolean or weights, broadcasts to ``x``; ``y`` is zero where it is.
       dtype: of ``y``; None for that of ``x``.
 
     Returns:
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
-        boolean.
+      TypeError: if an argument is an integer, or complex and y is not.
       ValueError: if shapes, axes or epsilon do not fit.
 
     Example:
@@ -171,17 +223,18 @@ def normalize(
       Array([[1., 2.]], dtype=float32)
     """
     name = "normalize"
-    x = _check.floating(name, x)
+    x = _check.inexact(name, x)
     axes = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
     where = _check.where(name, where, x.shape)
-    dtype = _check.output_dtype(name, dtype, x)
+    lay = functools.partial(_axes.lay, name, axes=axes, shape=x.shape)
+    scale, bias = lay("scale", scale), lay("bias", bias)
+    operands = {"x": x, "scale": scale, "bias": bias, "moments.mean": moments.mean}
+    dtype = _check.output_dtype(name, dtype, operands)
     stat = _moments.statistics_dtype(x, dtype)
     moments = _moments.uniform(moments)
-    lay = functools.partial(_axes.lay, name, axes=axes, shape=x.shape)
-    mean = lay("moments.mean", moments.mean).astype(stat)
+    mean = widened(lay("moments.mean", moments.mean), stat)
     var = lay("moments.var", moments.var).astype(stat)
-    scale, bias = lay("scale", scale), lay("bias", bias)
-    rest = jnp.asarray(lay("moments.rest", moments.rest), stat)
+    rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)
     m = Moments(jnp.ones_like(var), mean, var, jnp.zeros_like(var), rest)
     epsilon = _check.epsilon(name, epsilon, stat)
     return _apply(x, m, scale, bias, where, epsilon, True, dtype)

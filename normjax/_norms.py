@@ -11,11 +11,12 @@ from normjax._normalize import normalize, standardize
 
 def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype):
     """Checks what all norms have in common, and standardizes."""
-    dtype = _check.output_dtype(name, dtype, x)
-    epsilon = _check.epsilon(name, epsilon, _moments.statistics_dtype(x, dtype))
     where = _check.where(name, where, x.shape)
     scale = _axes.lay(name, "scale", scale, along, x.shape)
     bias = _axes.lay(name, "bias", bias, along, x.shape)
+    operands = {"x": x, "scale": scale, "bias": bias}
+    dtype = _check.output_dtype(name, dtype, operands)
+    epsilon = _check.epsilon(name, epsilon, _moments.statistics_dtype(x, dtype))
     return standardize(x, scale, bias, where, r, epsilon, dtype)
 
 
@@ -39,26 +40,29 @@ def batch_norm(
     With ``axis_name`` the moments are those of the batch of all devices together.
 
     Args:
-      x: ``[N, ..., C]``, floating.
+      x: ``[N, ..., C]``, floating or complex.
       scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
       bias: as ``scale``.
       feature_axis: the axes, one or several, that own the parameters.
       epsilon: added to the variance; above zero.
-      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
+        not negative, with which each does. ``y`` is zero where nothing counts, and not
+        multiplied by a weight elsewhere.
       moments: moments ``[C]`` to normalize by instead of those of ``x``: those of
         `RunningMoments.read`, say. They count as independent of ``x``.
       axis_name: device axes, one or several, to sync the moments over, weighted by
         count. Under jit over sharded arrays they are synced without it.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
 
     Returns:
       y, of the shape of ``x``, and the `Moments` that normalized it, ``[C]``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
-        boolean.
-      ValueError: if axes, shapes, epsilon or axis names do not fit.
+      TypeError: if an argument is an integer, or complex and y is not.
+      ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
+        do not fit.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -68,11 +72,12 @@ def batch_norm(
       (Array([2., 4.], dtype=float32), Array([1., 4.], dtype=float32))
     """
     name = "batch_norm"
-    x = _check.floating(name, x)
+    x = _check.inexact(name, x)
     along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
     # With moments given there are none to sync, so no device axis has to exist.
-    axis_name = axis_name if moments is None else None
-    names = _check.axis_names(name, axis_name, axis_index_groups)
+    if moments is not None:
+        axis_name = axis_index_groups = None
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
     if moments is not None:
         y = normalize(
             x,
@@ -85,7 +90,7 @@ def batch_norm(
             dtype=dtype,
         )
         return y, moments
-    r = Reduction(_axes.others(along, x.ndim), names=names)
+    r = Reduction(_axes.others(along, x.ndim), names=names, groups=groups)
     y, m = _norm(
         name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
     )
@@ -110,24 +115,27 @@ def layer_norm(
     ``axis``: layer normalization, https://arxiv.org/abs/1607.06450.
 
     Args:
-      x: ``[..., C]``, floating.
+      x: ``[..., C]``, floating or complex.
       scale: of the shape of ``x`` along ``axis``, or of the rank of ``x`` and
         broadcasting to it, or None.
       bias: as ``scale``.
       axis: the axes reduced, one or several.
       epsilon: added to the variance; above zero.
-      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
+        not negative, with which each does. ``y`` is zero where nothing counts, and not
+        multiplied by a weight elsewhere.
       axis_name: device axes over which ``axis`` is divided, if it is.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
 
     Returns:
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
-        boolean.
-      ValueError: if axes, shapes, epsilon or axis names do not fit.
+      TypeError: if an argument is an integer, or complex and y is not.
+      ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
+        do not fit.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -135,9 +143,10 @@ def layer_norm(
       Array([[0., 2.]], dtype=float32)
     """
     name = "layer_norm"
-    x = _check.floating(name, x)
+    x = _check.inexact(name, x)
     along = _axes.canonical(name, axis, x.ndim)
-    r = Reduction(along, names=_check.axis_names(name, axis_name, axis_index_groups))
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
+    r = Reduction(along, names=names, groups=groups)
     return _norm(
         name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
     )[0]
@@ -160,22 +169,26 @@ def rms_norm(
     normalization, https://arxiv.org/abs/1910.07467.
 
     Args:
-      x: ``[..., C]``, floating.
+      x: ``[..., C]``, floating or complex.
       scale: of the shape of ``x`` along ``axis``, or of the rank of ``x`` and
         broadcasting to it, or None.
       axis: the axes reduced, one or several.
       epsilon: added to the mean square; above zero.
-      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
+        not negative, with which each does. ``y`` is zero where nothing counts, and not
+        multiplied by a weight elsewhere.
       axis_name: device axes over which ``axis`` is divided, if it is.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
 
     Returns:
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x`` or ``scale`` is not floating, or ``where`` not boolean.
-      ValueError: if axes, shapes, epsilon or axis names do not fit.
+      TypeError: if an argument is an integer, or complex and y is not.
+      ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
+        do not fit.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -183,10 +196,10 @@ def rms_norm(
       Array([[ 1., -2.]], dtype=float32)
     """
     name = "rms_norm"
-    x = _check.floating(name, x)
+    x = _check.inexact(name, x)
     along = _axes.canonical(name, axis, x.ndim)
-    names = _check.axis_names(name, axis_name, axis_index_groups)
-    r = Reduction(along, names=names, centered=False)
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
+    r = Reduction(along, names=names, groups=groups, centered=False)
     return _norm(
         name, x, scale, None, along, r, epsilon=epsilon, where=where, dtype=dtype
     )[0]
@@ -213,7 +226,7 @@ def group_norm(
     https://arxiv.org/abs/1803.08494.
 
     Args:
-      x: ``[N, ..., C]``, floating.
+      x: ``[N, ..., C]``, floating or complex.
       scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
       bias: as ``scale``.
       num_groups: how many groups; divides the number of features.
@@ -221,20 +234,22 @@ def group_norm(
         first axis that is not a feature axis, the batch.
       feature_axis: the axes, one or several, that own the parameters.
       epsilon: added to the variance; above zero.
-      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
+        not negative, with which each does. ``y`` is zero where nothing counts, and not
+        multiplied by a weight elsewhere.
       axis_name: device axes over which space or features are divided, if they are;
         ``num_groups`` are the groups of one device.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
 
     Returns:
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
-        boolean.
-      ValueError: if ``num_groups`` does not divide, or axes, shapes, epsilon or axis
-        names do not fit.
+      TypeError: if an argument is an integer, or complex and y is not.
+      ValueError: if ``num_groups`` does not divide, or axes, shapes, weights, epsilon,
+        axis names or sub-groups of devices do not fit.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -242,13 +257,13 @@ def group_norm(
       Array([[-1.,  1., -1.,  1.]], dtype=float32)
     """
     name = "group_norm"
-    x = _check.floating(name, x)
+    x = _check.inexact(name, x)
     along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
     features = tuple(x.shape[a] for a in along)
     num_groups = _axes.divide(name, num_groups, features, x.shape)
-    names = _check.axis_names(name, axis_name, axis_index_groups)
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
     space = _axes.space(name, axis, along, x.ndim)
-    r = Reduction(space, along, num_groups, names)
+    r = Reduction(space, along, num_groups, names, groups)
     return _norm(
         name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
     )[0]
@@ -274,25 +289,28 @@ def instance_norm(
     https://arxiv.org/abs/1607.08022.
 
     Args:
-      x: ``[N, ..., C]``, floating.
+      x: ``[N, ..., C]``, floating or complex.
       scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
       bias: as ``scale``.
       axis: the axes of space, reduced. None: all but the
         first axis that is not a feature axis, the batch.
       feature_axis: the axes, one or several, that own the parameters.
       epsilon: added to the variance; above zero.
-      where: boolean, broadcasts to ``x``: which values count. ``y`` is zero elsewhere.
+      where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
+        not negative, with which each does. ``y`` is zero where nothing counts, and not
+        multiplied by a weight elsewhere.
       axis_name: device axes over which space is divided, if it is.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
 
     Returns:
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if ``x``, ``scale`` or ``bias`` is not floating, or ``where`` is not
-        boolean.
-      ValueError: if axes, shapes, epsilon or axis names do not fit.
+      TypeError: if an argument is an integer, or complex and y is not.
+      ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
+        do not fit.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -302,10 +320,10 @@ def instance_norm(
               [ 1.,  1.]]], dtype=float32)
     """
     name = "instance_norm"
-    x = _check.floating(name, x)
+    x = _check.inexact(name, x)
     along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
-    names = _check.axis_names(name, axis_name, axis_index_groups)
-    r = Reduction(_axes.space(name, axis, along, x.ndim), names=names)
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
+    r = Reduction(_axes.space(name, axis, along, x.ndim), names=names, groups=groups)
     return _norm(
         name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
     )[0]

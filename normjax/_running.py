@@ -8,13 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _check
-from normjax._moments import Moments, uniform
+from normjax._moments import Moments, added, product, uniform, widened
 
 
-def blend(old: Any, new: Any, momentum: Any, count: Any) -> Any:
-    """``momentum * old + (1 - momentum) * new``, and old where nothing was counted."""
-    part = (1 - momentum) * (count > 0).astype(new.dtype)
-    return ((1 - part) * old.astype(new.dtype) + part * new).astype(old.dtype)
+def blend(old: jax.Array, new: jax.Array, momentum: Any, count: jax.Array) -> jax.Array:
+    """``momentum * old + (1 - momentum) * new``, and old where nothing was counted.
+
+    In the dtype of old, which a complex new value makes complex.
+    """
+    part = (1 - momentum) * (count > 0).astype(count.dtype)
+    kept = product(1 - part, widened(old, count.dtype))
+    blended = added(kept, product(part, widened(new, count.dtype)))
+    if jnp.iscomplexobj(blended) != jnp.iscomplexobj(old):
+        return blended
+    return blended.astype(old.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -55,10 +62,10 @@ class RunningMoments:
 
         Args:
           shape: of the moments, ``[C]`` for those of `batch_norm`.
-          dtype: of the statistics, at least float32.
+          dtype: of the statistics, at least float32; complex for a complex mean.
 
         Raises:
-          TypeError: if ``dtype`` is not floating or holds less than float32.
+          TypeError: if ``dtype`` is an integer or holds less than float32.
 
         Example:
           >>> import normjax
@@ -66,7 +73,7 @@ class RunningMoments:
           Array([0., 0., 0.], dtype=float32)
         """
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32:
             raise _check.error(
                 TypeError,
                 "RunningMoments.init",
@@ -74,8 +81,8 @@ class RunningMoments:
                 f"dtype={dtype}",
                 "Leave dtype out",
             )
-        zeros = jnp.zeros(shape, dtype)
-        return cls(zeros, zeros, zeros, zeros)
+        zeros = jnp.zeros(shape, jnp.finfo(dtype).dtype)
+        return cls(zeros, zeros.astype(dtype), zeros, zeros)
 
     def update(self, m: Moments, momentum: Any = 0.99) -> "RunningMoments":
         """Returns the running moments after one more update.
@@ -89,6 +96,7 @@ class RunningMoments:
           New running moments; these do not change.
 
         Raises:
+          TypeError: if the mean of ``m`` is complex and the running one is not.
           ValueError: if the shapes differ or a concrete momentum is outside [0, 1].
 
         Example:
@@ -109,6 +117,15 @@ class RunningMoments:
                 " keeps",
             )
         m = uniform(m)
+        if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(self.mean):
+            raise _check.error(
+                TypeError,
+                "RunningMoments.update",
+                "running moments of complex values must be complex",
+                f"moments.mean.dtype={m.mean.dtype}, running mean.dtype"
+                f"={self.mean.dtype}",
+                "Start with RunningMoments.init(shape, jnp.complex64)",
+            )
         momentum = jnp.asarray(momentum, self.weight.dtype)
         weight = blend(self.weight, jnp.ones_like(self.weight), momentum, m.count)
         # The new value's part of the new total: 1 at the first update, which then

@@ -5,7 +5,7 @@ variables are Flax's. What differs is deliberate: the variance is always the saf
 devices are weighted by what they count, outputs and gradients are zero under the mask.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -23,8 +23,7 @@ _zeros = nn.initializers.zeros
 def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> dict:
     """The arguments of a norm that all modules have; creates scale and bias.
 
-    Parameters lie along ``axes`` of x, with the rank of x. A named axis need not exist
-    while the module is initialized.
+    Parameters lie along ``axes`` of x, with the rank of x.
     """
     name = type(module).__name__
     shape = tuple(x.shape[a] for a in axes)
@@ -41,11 +40,35 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
     return {
         **{k: _axes.lay(name, k, v, axes, x.shape) for k, v in parameters.items()},
         "epsilon": module.epsilon,
-        "where": _module.flax_mask(name, mask, x.shape),
-        "axis_name": None if module.is_initializing() else module.axis_name,
-        "axis_index_groups": module.axis_index_groups,
+        "where": _module.flax_mask(name, mask, x.shape, module.mask_is_weight),
         "dtype": dtype,
+        **_module.devices(module, module.is_initializing()),
     }
+
+
+def _statistics(module: nn.Module, x: Any, axes: tuple[int, ...]) -> list:
+    """The variables of the running statistics; creates them while initializing."""
+    features = [x.shape[a] for a in axes]
+    dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
+    of_mean = jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype
+    start = {"mean": (jnp.zeros, of_mean), "var": (jnp.ones, dtype)}
+    if _module.counts_updates(module):
+        start["count"] = (jnp.zeros, jnp.float32)
+    if not module.is_initializing():
+        there = [module.has_variable("batch_stats", name) for name in start]
+        if there == [True, True, False]:
+            raise _module.missing_count(module.path, features)
+        if not all(there):
+            raise _module.missing_statistics(
+                module.path, list(start)[there.index(False)]
+            )
+    variables = [
+        module.variable("batch_stats", name, create, features, of)
+        for name, (create, of) in start.items()
+    ]
+    values = _module.Statistics(*(v.value for v in variables))
+    _module.check_statistics(values, features)
+    return variables
 
 
 class BatchNorm(nn.Module):
@@ -60,7 +83,8 @@ class BatchNorm(nn.Module):
         them as they are. None: say it in the call.
       axis: the axes, one or several, that own the parameters.
       momentum: the part of the OLD running statistics that is kept at an update
-        (PyTorch's momentum is one minus it).
+        (PyTorch's momentum is one minus it). None: the cumulative average, of all
+        updates alike. It and ``debias`` add ``batch_stats/count``.
       epsilon: added to the variance; above zero.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
@@ -70,10 +94,23 @@ class BatchNorm(nn.Module):
       scale_init: initializer of the scale.
       axis_name: device axes, one or several, over which statistics are synced. Under
         jit over sharded arrays they are synced without it.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       use_fast_variance: accepted, and changes nothing: the variance is always safe.
       force_float32_reductions: whether running statistics are stored in float32, or in
         ``param_dtype``. Sums are taken in at least float32 always.
+      normalize_with: "batch" or "running", the statistics that normalize, whatever
+        ``use_running_average`` says. None: what that says.
+      update_statistics: whether the running statistics are updated. None: where
+        ``use_running_average`` is False, as in Flax.
+      debias: whether to take the part of their start, 0 and 1, off the running
+        statistics, so that the first update is what they are after it.
+      running_variance: "biased", as in Flax, or "unbiased", as in PyTorch: whether the
+        running variance is an average of ``var`` or of ``var * count / (count - 1)``.
+      missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
+        "ignore" it, so that one model serves one device and many.
+      mask_is_weight: whether ``mask`` is the weight with which each value counts,
+        instead of being read as boolean.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -88,7 +125,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: int = -1
-    momentum: float = 0.99
+    momentum: float | None = 0.99
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -100,6 +137,12 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    normalize_with: Literal["batch", "running"] | None = None
+    update_statistics: bool | None = None
+    debias: bool = False
+    running_variance: Literal["biased", "unbiased"] = "biased"
+    missing_axis: Literal["raise", "ignore"] = "raise"
+    mask_is_weight: bool = False
 
     @nn.compact
     def __call__(
@@ -108,45 +151,44 @@ class BatchNorm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: Any = None,
+        momentum: Any = None,
     ) -> jax.Array:
         """Normalizes ``x``, and updates the running statistics while training.
 
         Args:
-          x: ``[N, ..., C]``, floating.
+          x: ``[N, ..., C]``, floating or complex.
           use_running_average: the field of the same name, for this call.
-          mask: broadcasts to ``x``, read as boolean: which values count. The output is
-            zero elsewhere.
+          mask: broadcasts to ``x``: which values count, or with ``mask_is_weight``, how
+            much. The output is zero where nothing does.
+          momentum: the field of the same name, for this call; it may be traced.
 
         Returns:
           The output, of the shape of ``x``.
 
         Raises:
-          ValueError: if ``batch_stats`` is not among the variables outside of init, or
-            shapes do not fit.
+          ValueError: if ``batch_stats`` or its count is not among the variables outside
+            of init, fields contradict each other, or shapes do not fit.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        x = _check.floating("BatchNorm", x)
+        if self.use_running_average is not None or use_running_average is not None:
+            use_running_average = nn.merge_param(
+                "use_running_average", self.use_running_average, use_running_average
+            )
+        with_running, update = _module.switches(self, use_running_average)
+        x = _check.inexact("BatchNorm", x)
         axes = _module.flax_axes("BatchNorm", self.axis, x.ndim, "axis")
-        features = [x.shape[a] for a in axes]
-        initializing = self.is_initializing()
-        if not initializing and not self.has_variable("batch_stats", "mean"):
-            raise _module.missing_statistics(self.path)
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, dtype)
-        running = mean.value, var.value
-        _module.check_statistics(running, features)
+        variables = _statistics(self, x, axes)
+        running = _module.Statistics(*(v.value for v in variables))
+        if with_running and not self.is_initializing():
+            _module.check_updated(running)
 
-        y, m = _norms.batch_norm(
-            x,
-            feature_axis=axes,
-            moments=_module.given(running) if use_running_average else None,
-            **_arguments(self, x, axes, mask),
+        arguments = _arguments(self, x, axes, mask)
+        y, m = _module.batch_norm(
+            x, running, with_running, update, feature_axis=axes, **arguments
         )
-        if not use_running_average and not initializing:
-            mean.value, var.value = _module.update(running, m, self.momentum)
+        if update and not self.is_initializing():
+            running = _module.update(self, running, m, momentum)
+            for variable, value in zip(variables, running, strict=False):
+                variable.value = value
         return y
 
 
@@ -167,9 +209,14 @@ class LayerNorm(nn.Module):
       reduction_axes: the axes reduced.
       feature_axes: the axes that own the parameters.
       axis_name: device axes over which the reduced axes are divided, if they are.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       use_fast_variance: accepted, and changes nothing: the variance is always safe.
       force_float32_reductions: accepted; sums are taken in at least float32 always.
+      missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
+        "ignore" it, so that one model serves one device and many.
+      mask_is_weight: whether ``mask`` is the weight with which each value counts,
+        instead of being read as boolean.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -193,6 +240,8 @@ class LayerNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    missing_axis: Literal["raise", "ignore"] = "raise"
+    mask_is_weight: bool = False
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -200,13 +249,13 @@ class LayerNorm(nn.Module):
 
         Args:
           x: ``[..., C]``, floating.
-          mask: broadcasts to ``x``, read as boolean: which values count. The output is
-            zero elsewhere.
+          mask: broadcasts to ``x``: which values count, or with ``mask_is_weight``, how
+            much. The output is zero where nothing does.
 
         Returns:
           The output, of the shape of ``x``.
         """
-        x = _check.floating("LayerNorm", x)
+        x = _check.inexact("LayerNorm", x)
         axes = _module.flax_axes("LayerNorm", self.feature_axes, x.ndim, "feature_axes")
         return _norms.layer_norm(
             x,
@@ -232,9 +281,14 @@ class RMSNorm(nn.Module):
       reduction_axes: the axes reduced.
       feature_axes: the axes that own the parameters.
       axis_name: device axes over which the reduced axes are divided, if they are.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       use_fast_variance: accepted, and changes nothing: the variance is always safe.
       force_float32_reductions: accepted; sums are taken in at least float32 always.
+      missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
+        "ignore" it, so that one model serves one device and many.
+      mask_is_weight: whether ``mask`` is the weight with which each value counts,
+        instead of being read as boolean.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -256,6 +310,8 @@ class RMSNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    missing_axis: Literal["raise", "ignore"] = "raise"
+    mask_is_weight: bool = False
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -263,13 +319,13 @@ class RMSNorm(nn.Module):
 
         Args:
           x: ``[..., C]``, floating.
-          mask: broadcasts to ``x``, read as boolean: which values count. The output is
-            zero elsewhere.
+          mask: broadcasts to ``x``: which values count, or with ``mask_is_weight``, how
+            much. The output is zero where nothing does.
 
         Returns:
           The output, of the shape of ``x``.
         """
-        x = _check.floating("RMSNorm", x)
+        x = _check.inexact("RMSNorm", x)
         axes = _module.flax_axes("RMSNorm", self.feature_axes, x.ndim, "feature_axes")
         return _norms.rms_norm(
             x,
@@ -299,9 +355,14 @@ class GroupNorm(nn.Module):
       reduction_axes: the axes reduced, the last one, of the features, among them. None:
         all but the first.
       axis_name: device axes over which space or features are divided, if they are.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       use_fast_variance: accepted, and changes nothing: the variance is always safe.
       force_float32_reductions: accepted; sums are taken in at least float32 always.
+      missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
+        "ignore" it, so that one model serves one device and many.
+      mask_is_weight: whether ``mask`` is the weight with which each value counts,
+        instead of being read as boolean.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -326,6 +387,8 @@ class GroupNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    missing_axis: Literal["raise", "ignore"] = "raise"
+    mask_is_weight: bool = False
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -333,8 +396,8 @@ class GroupNorm(nn.Module):
 
         Args:
           x: ``[N, ..., C]``, floating.
-          mask: broadcasts to ``x``, read as boolean: which values count. The output is
-            zero elsewhere.
+          mask: broadcasts to ``x``: which values count, or with ``mask_is_weight``, how
+            much. The output is zero where nothing does.
 
         Returns:
           The output, of the shape of ``x``.
@@ -343,7 +406,7 @@ class GroupNorm(nn.Module):
           ValueError: if the groups do not divide the features, or ``reduction_axes``
             leaves out the last axis.
         """
-        x = _check.floating("GroupNorm", x)
+        x = _check.inexact("GroupNorm", x)
         return _norms.group_norm(
             x,
             num_groups=_module.flax_groups(self.num_groups, self.group_size, x.shape),
@@ -368,9 +431,14 @@ class InstanceNorm(nn.Module):
       scale_init: initializer of the scale.
       feature_axes: the axes that own the parameters; not the first, which is the batch.
       axis_name: device axes over which space is divided, if it is.
-      axis_index_groups: sub-groups of devices; not supported yet.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        sync each their own. None: all devices together.
       use_fast_variance: accepted, and changes nothing: the variance is always safe.
       force_float32_reductions: accepted; sums are taken in at least float32 always.
+      missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
+        "ignore" it, so that one model serves one device and many.
+      mask_is_weight: whether ``mask`` is the weight with which each value counts,
+        instead of being read as boolean.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -394,6 +462,8 @@ class InstanceNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    missing_axis: Literal["raise", "ignore"] = "raise"
+    mask_is_weight: bool = False
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -401,8 +471,8 @@ class InstanceNorm(nn.Module):
 
         Args:
           x: ``[N, ..., C]``, floating.
-          mask: broadcasts to ``x``, read as boolean: which values count. The output is
-            zero elsewhere.
+          mask: broadcasts to ``x``: which values count, or with ``mask_is_weight``, how
+            much. The output is zero where nothing does.
 
         Returns:
           The output, of the shape of ``x``.
@@ -410,7 +480,7 @@ class InstanceNorm(nn.Module):
         Raises:
           ValueError: if ``feature_axes`` contains the first axis.
         """
-        x = _check.floating("InstanceNorm", x)
+        x = _check.inexact("InstanceNorm", x)
         axes = _module.flax_features(self.feature_axes, x.ndim)
         return _norms.instance_norm(
             x,

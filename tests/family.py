@@ -37,7 +37,8 @@ class Norm:
     """A norm on x of shape [N, S, T, C].
 
     Attributes:
-      call: (x, scale, bias, where, axis_name) -> y; scale and bias are [C].
+      call: (x, scale, bias, where, axis_name, axis_index_groups) -> y; scale and bias
+        are [C].
       axes: the axes that its formula reduces; with groups, beside the group's features.
       groups: number of groups, or None.
       centered: whether the mean is taken off.
@@ -55,34 +56,54 @@ def _wide(v):
 
 FAMILY = {
     "batch": Norm(
-        lambda x, s, b, w, n=None: normjax.batch_norm(
-            x, s, b, where=w, axis_name=n, epsilon=EPSILON
+        lambda x, s, b, w, n=None, g=None: normjax.batch_norm(
+            x, s, b, where=w, axis_name=n, axis_index_groups=g, epsilon=EPSILON
         )[0],
         axes=(0, 1, 2),
     ),
     "layer": Norm(
-        lambda x, s, b, w, n=None: normjax.layer_norm(
-            x, _wide(s), _wide(b), axis=(1, 3), where=w, axis_name=n, epsilon=EPSILON
+        lambda x, s, b, w, n=None, g=None: normjax.layer_norm(
+            x,
+            _wide(s),
+            _wide(b),
+            axis=(1, 3),
+            where=w,
+            axis_name=n,
+            axis_index_groups=g,
+            epsilon=EPSILON,
         ),
         axes=(1, 3),
     ),
     "rms": Norm(
-        lambda x, s, b, w, n=None: normjax.rms_norm(
-            x, _wide(s), axis=(1, 3), where=w, axis_name=n, epsilon=EPSILON
+        lambda x, s, b, w, n=None, g=None: normjax.rms_norm(
+            x,
+            _wide(s),
+            axis=(1, 3),
+            where=w,
+            axis_name=n,
+            axis_index_groups=g,
+            epsilon=EPSILON,
         ),
         axes=(1, 3),
         centered=False,
     ),
     "group": Norm(
-        lambda x, s, b, w, n=None: normjax.group_norm(
-            x, s, b, num_groups=2, where=w, axis_name=n, epsilon=EPSILON
+        lambda x, s, b, w, n=None, g=None: normjax.group_norm(
+            x,
+            s,
+            b,
+            num_groups=2,
+            where=w,
+            axis_name=n,
+            axis_index_groups=g,
+            epsilon=EPSILON,
         ),
         axes=(1, 2),
         groups=2,
     ),
     "instance": Norm(
-        lambda x, s, b, w, n=None: normjax.instance_norm(
-            x, s, b, where=w, axis_name=n, epsilon=EPSILON
+        lambda x, s, b, w, n=None, g=None: normjax.instance_norm(
+            x, s, b, where=w, axis_name=n, axis_index_groups=g, epsilon=EPSILON
         ),
         axes=(1, 2),
     ),
@@ -90,20 +111,25 @@ FAMILY = {
 
 
 def reference_moments(norm: Norm, x, where=None):
-    """count, mean and var of the plain two-pass formula, broadcasting against x."""
+    """count, mean and var of the plain two-pass formula, broadcasting against x.
+
+    What has weight 0 is not there, to derivatives either.
+    """
     shape, axes = x.shape, norm.axes
-    where = jnp.ones(shape, bool) if where is None else jnp.broadcast_to(where, shape)
+    weights = jnp.ones(shape, bool) if where is None else jnp.broadcast_to(where, shape)
+    counts, weights = weights.astype(bool), weights.astype(x.real.dtype)
+    weights = jnp.where(counts, weights, jnp.zeros_like(weights))
     if norm.groups:
         view = (*shape[:-1], norm.groups, shape[-1] // norm.groups)
-        x, where, axes = x.reshape(view), where.reshape(view), (*axes, len(shape))
-    x = jnp.where(where, x, jnp.zeros_like(x))
-    count = where.sum(axes, keepdims=True, dtype=jnp.int32).astype(x.dtype)
+        x, weights, axes = x.reshape(view), weights.reshape(view), (*axes, len(shape))
+    x = jnp.where(weights.astype(bool), x, jnp.zeros_like(x))
+    count = weights.sum(axes, keepdims=True)
     n = jnp.where(count > 0, count, 1)
-    mean = x.sum(axes, keepdims=True) / n
+    mean = (weights.astype(x.dtype) * x).sum(axes, keepdims=True) / n.astype(x.dtype)
     if not norm.centered:
         mean = jnp.zeros_like(mean)
-    distance = jnp.where(where, x - mean, jnp.zeros_like(x))
-    var = jnp.where(count > 0, (distance**2).sum(axes, keepdims=True) / n, 1)
+    spread = weights * ((x - mean) * (x - mean).conj()).real
+    var = jnp.where(count > 0, spread.sum(axes, keepdims=True) / n, 1)
     if norm.groups:
         wide = (*var.shape[:-1], view[-1])
         count, mean, var = (
@@ -117,9 +143,9 @@ def reference(norm: Norm, x, scale, bias, where=None):
     """The formula, differentiable by plain autodiff."""
     _, mean, var = reference_moments(norm, x, where)
     if where is not None:
-        x = jnp.where(where, x, jnp.zeros_like(x))
-    y = (x - mean) / jnp.sqrt(var + EPSILON)
+        x = jnp.where(where.astype(bool), x, jnp.zeros_like(x))
+    y = (x - mean) / jnp.sqrt(var + EPSILON).astype(x.dtype)
     y = y * _wide(scale)
     if norm.centered:
         y = y + _wide(bias)
-    return y if where is None else jnp.where(where, y, jnp.zeros_like(y))
+    return y if where is None else jnp.where(where.astype(bool), y, jnp.zeros_like(y))

@@ -1,10 +1,13 @@
 """The one derivative, in float64 against plain autodiff on one device, everywhere."""
 
 import functools
+import itertools
+import math
 
 import family
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from contexts import DEVICES, MAPPED, AxisType, mesh, sharded
 from family import FAMILY
@@ -15,51 +18,79 @@ import normjax
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 SHAPE = (3, 16, 2, 4)  # [N, S, T, C]; contexts split S into eight
-MASKS = ["plain", "masked"]
+KINDS = ["plain", "masked", "complex and weighted"]
+GROUPS = {8: [[0, 3, 5], [1], [2, 4, 6, 7]], 4: [[0, 2, 3], [1]]}  # by devices
 
 
-def data(masked: bool):
-    """x, where, a direction of x and weights of y: all split; parameters and theirs."""
-    keys = iter(jax.random.split(jax.random.key(0), 9))
-    x = 2 * jax.random.normal(next(keys), SHAPE) + 3
-    where = None
-    if masked:
+def data(kind: str):
+    """A point, its direction, a mask, weights of y: all split; parameters and theirs.
+
+    The point is x, and with it the weights where there are some.
+    """
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    complex_ = kind == "complex and weighted"
+
+    def normal(shape, complex_=complex_):
+        a = jax.random.normal(next(keys), shape)
+        return lax.complex(a, jax.random.normal(next(keys), shape)) if complex_ else a
+
+    x = 2 * normal(SHAPE) + 3
+    point, direction, where = {"x": x}, {"x": normal(SHAPE)}, None
+    if kind != "plain":
         # Uneven, the third device's piece empty, and NaN where nothing counts.
         where = jax.random.bernoulli(next(keys), 0.7, (3, 16, 1, 4))
         where = where.at[:, 4:6].set(False)
-        x = jnp.where(where, x, jnp.nan)
-    dx, wy = jax.random.normal(next(keys), SHAPE), jax.random.normal(next(keys), SHAPE)
-    parameters = tuple(jax.random.normal(next(keys), (4,)) + 1 for _ in range(2))
-    directions = tuple(jax.random.normal(next(keys), (4,)) for _ in range(2))
-    return (x, where, dx, wy), (parameters, directions)
+        point["x"] = jnp.where(where, x, jnp.nan)
+    if kind in ("complex and weighted", "grouped"):
+        weights = jax.random.uniform(next(keys), where.shape, minval=0.1, maxval=2.0)
+        point["weights"] = jnp.where(where, weights, 0.0)
+        direction["weights"] = normal(where.shape, False)
+        where = None
+    wy = normal(SHAPE)
+    parameters = tuple(normal((4,)) + 1 for _ in range(2))
+    directions = tuple(normal((4,)) for _ in range(2))
+    return (point, direction, where, wy), (parameters, directions)
+
+
+def bent(a):
+    """A real number that depends on all of an array, in no simple way."""
+    if jnp.iscomplexobj(a):
+        return (jnp.sin(a.real) + jnp.cos(2 * a.imag)).sum()
+    return jnp.sin(a).sum()
 
 
 def losses(apply, wy, where, share):
-    """A loss of each norm, which no symmetry makes flat: (x, parameters) -> scalar.
+    """A loss of each norm, which no symmetry makes flat: (point, parameters) -> scalar.
 
     The losses of all devices add up to the whole one. The moments of batch norm take
     part, a ``share`` on each device, since every device has them all.
     """
 
-    def loss(name, x, parameters):
-        y, m = apply(name, x, *parameters, where)
-        total = (jnp.sin(y) * wy).sum()
+    def loss(name, point, parameters):
+        where_ = point.get("weights", where)
+        y, m = apply(name, point["x"], *parameters, where_)
+        total = bent(y * wy)
         if m is not None:
             count, mean, var = m
-            total = (
-                total + share * (jnp.sin(mean) + jnp.cos(var / 9) * count / 99).sum()
-            )
+            of_moments = jnp.cos(var / 9) * count / 99 + jnp.sin(count / 99)
+            total = total + share * (bent(mean) + of_moments.sum())
         return total
 
     return {name: functools.partial(loss, name) for name in FAMILY}
 
 
-def apply_normjax(names):
+def apply_normjax(names, groups=None):
     def apply(name, x, scale, bias, where):
         if name != "batch":
-            return FAMILY[name].call(x, scale, bias, where, names), None
+            return FAMILY[name].call(x, scale, bias, where, names, groups), None
         y, m = normjax.batch_norm(
-            x, scale, bias, where=where, axis_name=names, epsilon=family.EPSILON
+            x,
+            scale,
+            bias,
+            where=where,
+            axis_name=names,
+            axis_index_groups=groups,
+            epsilon=family.EPSILON,
         )
         return y, (m.count, m.mean, m.var)
 
@@ -74,6 +105,22 @@ def apply_reference(name, x, scale, bias, where):
     return y, tuple(a[0, 0, 0] for a in m)
 
 
+def of_groups(groups, wy):
+    """The loss of each norm where sub-groups of devices are batches of their own."""
+    size = sum(map(len, groups))
+    pieces = np.arange(SHAPE[1]).reshape(size, -1)
+
+    def loss(name, point, parameters):
+        total = 0.0
+        for group in groups:
+            rows = pieces[group].reshape(-1)
+            one = losses(apply_reference, wy[:, rows], None, len(group) / size)[name]
+            total += one(jax.tree.map(lambda a: a[:, rows], point), parameters)  # noqa: B023
+        return total
+
+    return {name: functools.partial(loss, name) for name in FAMILY}
+
+
 def derivatives(loss, x, dx, parameters, directions, collect=lambda t: t, share=1.0):
     """First and second order, forward and reverse, as (split, whole) results."""
 
@@ -83,19 +130,20 @@ def derivatives(loss, x, dx, parameters, directions, collect=lambda t: t, share=
 
     def of_gradient(x, parameters):
         gx, gp = gradient(x, parameters)
-        return jnp.sin(gx).sum() + share * sum(jnp.sin(g / 9).sum() for g in gp)
+        split = sum(bent(g) for g in jax.tree.leaves(gx))
+        return split + share * sum(bent(g / 9) for g in gp)
 
     point, direction = (x, parameters), (dx, directions)
     forward = jax.jvp(loss, point, direction)[1]
     gx, gp = gradient(*point)
     hx, hp = jax.jvp(gradient, point, direction)[1]
-    rx, rp = jax.grad(of_gradient, (0, 1))(*point)
-    return {"grad": gx, "forward over reverse": hx, "reverse over reverse": rx}, {
-        "grad": gp,
-        "forward over reverse": hp,
-        "reverse over reverse": collect(rp),
-        "forward": forward,
-    }
+    split = {"grad": gx, "forward over reverse": hx}
+    whole = {"grad": gp, "forward over reverse": hp, "forward": forward}
+    if "weights" not in x:  # compiling it takes as long as all the rest
+        rx, rp = jax.grad(of_gradient, (0, 1))(*point)
+        split["reverse over reverse"] = rx
+        whole["reverse over reverse"] = collect(rp)
+    return split, whole
 
 
 def of_all(make_losses, x, dx, parameters, directions, **options):
@@ -108,27 +156,42 @@ def of_all(make_losses, x, dx, parameters, directions, **options):
 
 
 @functools.cache
-def expected(masked: bool):
-    (x, where, dx, wy), (parameters, directions) = data(masked)
-    clean = x if where is None else jnp.where(where, x, jnp.zeros_like(x))
-    whole = jax.jit(functools.partial(of_all, losses(apply_reference, wy, where, 1.0)))
-    return jax.device_get(whole(clean, dx, parameters, directions))
+def expected(kind: str, devices: int = 1):
+    (point, direction, where, wy), (parameters, directions) = data(kind)
+    counts = point.get("weights", where)
+    if counts is not None:
+        x = point["x"]
+        point["x"] = jnp.where(counts.astype(bool), x, jnp.zeros_like(x))
+    if kind == "grouped":
+        every = of_groups(GROUPS[devices], wy)
+    else:
+        every = losses(apply_reference, wy, where, 1.0)
+    whole = jax.jit(functools.partial(of_all, every))
+    return jax.device_get(whole(point, direction, parameters, directions))
 
 
-def on_one_device(masked, wrap=lambda f: f):
-    (x, where, dx, wy), (parameters, directions) = data(masked)
+def on_one_device(kind, wrap=lambda f: f):
+    (x, dx, where, wy), (parameters, directions) = data(kind)
     found = {n: wrap(f) for n, f in losses(apply_normjax(None), wy, where, 1.0).items()}
     return jax.jit(functools.partial(of_all, found))(x, dx, parameters, directions)
 
 
-def inside(context, masked):
+def devices_of(context):
+    return 4 if "partial manual" in context else DEVICES
+
+
+def groups_of(context, kind):
+    return GROUPS[devices_of(context)] if kind == "grouped" else None
+
+
+def inside(context, kind):
     """Everything taken inside the context, by each device."""
     c = MAPPED[context]
-    size = 4 if context == "partial manual" else DEVICES
+    size, groups = devices_of(context), groups_of(context, kind)
 
     def local(split, whole):
-        (x, where, dx, wy), (parameters, directions) = split, whole
-        every = losses(apply_normjax(c.names), wy, where, 1 / size)
+        (x, dx, where, wy), (parameters, directions) = split, whole
+        every = losses(apply_normjax(c.names, groups), wy, where, 1 / size)
         split, whole = of_all(
             every, x, dx, parameters, directions, collect=c.collect, share=1 / size
         )
@@ -136,19 +199,19 @@ def inside(context, masked):
             whole[name]["forward"] = lax.psum(whole[name]["forward"], c.names)
         return split, whole
 
-    return jax.jit(functools.partial(c.run, local))(*data(masked))
+    return jax.jit(functools.partial(c.run, local))(*data(kind))
 
 
-def outside(context, masked):
+def outside(context, kind):
     """Only the loss inside the context, all derivatives around it."""
     c = MAPPED[context]
-    size = 4 if context == "partial manual" else DEVICES
-    (x, where, dx, wy), (parameters, directions) = data(masked)
+    size, groups = devices_of(context), groups_of(context, kind)
+    (x, dx, where, wy), (parameters, directions) = data(kind)
 
     def loss(name, x, parameters):
         def local(split, parameters):
             x, where, wy = split
-            one = losses(apply_normjax(c.names), wy, where, 1 / size)[name]
+            one = losses(apply_normjax(c.names, groups), wy, where, 1 / size)[name]
             return (), lax.psum(one(x, parameters), c.names)
 
         return c.run(local, (x, where, wy), parameters)[1]
@@ -157,18 +220,18 @@ def outside(context, masked):
     return jax.jit(functools.partial(of_all, every))(x, dx, parameters, directions)
 
 
-def by_sharding(kind, masked):
+def by_sharding(axis_type, kind):
     """No named axes: jit over sharded arrays."""
-    split, (parameters, directions) = data(masked)
-    with jax.set_mesh(mesh((8,), ("d",), kind)):
-        x, where, dx, wy = sharded(split, kind)
+    split, (parameters, directions) = data(kind)
+    with jax.set_mesh(mesh((8,), ("d",), axis_type)):
+        x, dx, where, wy = sharded(split, axis_type)
         every = losses(apply_normjax(None), wy, where, 1.0)
         return jax.jit(functools.partial(of_all, every))(x, dx, parameters, directions)
 
 
-def ensemble(masked):
+def ensemble(kind):
     """Two members by vmap, each with its own x and parameters; the second is kept."""
-    (x, where, dx, wy), (parameters, directions) = data(masked)
+    (x, dx, where, wy), (parameters, directions) = data(kind)
     every = losses(apply_normjax(None), wy, where, 1.0)
     two = jax.tree.map(
         lambda a: jnp.stack([2 * a + 1, a]), (x, dx, parameters, directions)
@@ -177,13 +240,13 @@ def ensemble(masked):
     return jax.tree.map(lambda a: a[1], found)
 
 
-def ensemble_of_shards(masked):
+def ensemble_of_shards(kind):
     """Members by vmap inside shard_map, where the sync is along the other axis."""
-    c = MAPPED["shard_map"]
+    c, groups = MAPPED["shard_map"], groups_of("shard_map", kind)
 
     def local(split, whole):
-        (x, where, dx, wy), (parameters, directions) = split, whole
-        every = losses(apply_normjax(c.names), wy, where, 1 / DEVICES)
+        (x, dx, where, wy), (parameters, directions) = split, whole
+        every = losses(apply_normjax(c.names, groups), wy, where, 1 / DEVICES)
         member = functools.partial(of_all, every, share=1 / DEVICES)
         two = jax.tree.map(
             lambda a: jnp.stack([2 * a + 1, a]), (x, dx, parameters, directions)
@@ -193,7 +256,7 @@ def ensemble_of_shards(masked):
             whole[name]["forward"] = lax.psum(whole[name]["forward"], c.names)
         return split, whole
 
-    return jax.jit(functools.partial(c.run, local))(*data(masked))
+    return jax.jit(functools.partial(c.run, local))(*data(kind))
 
 
 def in_scan(loss):
@@ -203,8 +266,8 @@ def in_scan(loss):
         def step(total, weight):
             return total + weight * loss(x, parameters), None
 
-        weights = jnp.full((3,), 1 / 3, x.dtype)
-        return lax.scan(step, jnp.zeros((), x.dtype), weights)[0]
+        weights = jnp.full((3,), 1 / 3)
+        return lax.scan(step, jnp.zeros(()), weights)[0]
 
     return scanned
 
@@ -239,32 +302,39 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+NAMED = [c for c in CONTEXTS if "side" in c or "shards" in c]
+
+
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_derivatives_are_those_of_autodiff_on_one_device(context, mask):
+@pytest.mark.parametrize(
+    ("context", "kind"),
+    [*itertools.product(CONTEXTS, KINDS), *itertools.product(NAMED, ["grouped"])],
+)
+def test_derivatives_are_those_of_autodiff_on_one_device(context, kind):
     """All norms in one program, since compiling it is what takes the time."""
-    masked = mask == "masked"
-    found, want = jax.device_get(CONTEXTS[context](masked)), expected(masked)
+    found = jax.device_get(CONTEXTS[context](kind))
+    want = expected(kind, devices_of(context) if kind == "grouped" else 1)
     for norm in FAMILY:
         for part in ("split", "whole"):
             got = found[part == "whole"][norm]
             for what, of_what in want[part == "whole"][norm].items():
+                # Batch norm reduces 96 values, the loss all of x.
+                reduced = math.prod(SHAPE) if what == "forward" else 96
                 try:
-                    family.assert_close(got[what], of_what, reduced=96)
+                    family.assert_close(got[what], of_what, reduced)
                 except AssertionError as error:
                     error.add_note(f"{norm} norm, {what}, {part} arguments")
                     raise
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", FAMILY)
-def test_normalize_by_own_moments_has_the_gradient_of_standardize(norm, mask):
+def test_normalize_by_own_moments_has_the_gradient_of_standardize(norm, kind):
     """The two doors meet: the rule equals plain autodiff through `moments`."""
-    (x, where, dx, wy), (parameters, directions) = data(mask == "masked")
+    (point, direction, where, wy), (parameters, directions) = data(kind)
     row = FAMILY[norm]
 
-    def two_doors(x, scale, bias):
+    def two_doors(x, scale, bias, where):
         if row.groups or not row.centered:
             m = normjax.Moments(*family.reference_moments(row, x, where))
         else:
@@ -272,23 +342,24 @@ def test_normalize_by_own_moments_has_the_gradient_of_standardize(norm, mask):
         bias = bias if row.centered else None
         return normjax.normalize(x, m, scale, bias, epsilon=family.EPSILON, where=where)
 
-    def one_door(x, scale, bias):
+    def one_door(x, scale, bias, where):
         return row.call(x, scale, bias, where)
 
     def found(f):
-        def loss(x, parameters):
-            return (jnp.sin(f(x, *parameters)) * wy).sum()
+        def loss(point, parameters):
+            counts = point.get("weights", where)
+            return bent(f(point["x"], *parameters, counts) * wy)
 
         gradient = jax.grad(loss, (0, 1))
-        point, direction = (x, parameters), (dx, directions)
-        return jax.jit(lambda: jax.jvp(gradient, point, direction))()
+        at, along = (point, parameters), (direction, directions)
+        return jax.jit(lambda: jax.jvp(gradient, at, along))()
 
-    family.assert_close(found(two_doors), found(one_door), reduced=96)
+    family.assert_close(found(one_door), found(two_doors), reduced=96)
 
 
 def test_third_order_is_that_of_autodiff():
-    (x, _, dx, wy), (parameters, _) = data(False)
-    x, dx, wy = x[:2, :4], dx[:2, :4], wy[:2, :4]
+    (point, direction, _, wy), (parameters, _) = data("plain")
+    x, dx, wy = (a[:2, :4] for a in (point["x"], direction["x"], wy))
 
     def third(apply):
         def along(t):
@@ -303,8 +374,8 @@ def test_third_order_is_that_of_autodiff():
 
 
 def test_hessian_and_per_example_gradients():
-    (x, _, _, wy), (parameters, _) = data(False)
-    x, wy = x[:, :2, 0], wy[:, :2, 0]  # [N, S, C]
+    (point, _, _, wy), (parameters, _) = data("plain")
+    x, wy = point["x"][:, :2, 0], wy[:, :2, 0]  # [N, S, C]
 
     def loss(x, wy, apply):
         return (jnp.sin(apply(x, *parameters)) * wy).sum()

@@ -53,14 +53,35 @@ def test_x_that_is_not_floating(name, dtype):
         FUNCTIONS[name](x.astype(dtype))
 
 
-@every
-def test_complex_x_until_it_is_supported(name):
+@pytest.mark.parametrize("name", WITH_EPSILON)
+def test_complex_x_with_a_real_y(name):
     message = (
-        "complex input is not supported yet. Got x.dtype=complex64. Normalize the real"
-        " and imaginary parts apart."
+        f"{name}: y must be complex, since x is. Got x.dtype=complex64, dtype of y"
+        " bfloat16. Pass dtype=jnp.complex64, or the real part alone."
     )
-    with raises(TypeError, f"{name}: {message}"):
-        FUNCTIONS[name](x.astype(jnp.complex64))
+    with raises(TypeError, message):
+        FUNCTIONS[name](x.astype(jnp.complex64), dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", WITH_EPSILON)
+def test_complex_scale_with_a_real_y(name):
+    message = (
+        f"{name}: y must be complex, since scale is. Got scale.dtype=complex64, dtype of"
+        " y float32. Pass dtype=jnp.complex64, or the real part alone."
+    )
+    with raises(TypeError, message):
+        FUNCTIONS[name](x, scale=jnp.ones(32, jnp.complex64))
+
+
+def test_real_running_moments_with_complex_values():
+    message = (
+        "RunningMoments.update: running moments of complex values must be complex. Got"
+        " moments.mean.dtype=complex64, running mean.dtype=float32. Start with"
+        " RunningMoments.init(shape, jnp.complex64)."
+    )
+    _, m = normjax.batch_norm(x.astype(jnp.complex64))
+    with raises(TypeError, message):
+        normjax.RunningMoments.init((32,)).update(m)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +110,7 @@ def test_bias_that_fits_neither_rule():
 
 def test_scale_that_is_not_floating():
     message = (
-        "batch_norm: scale must be floating. Got scale.dtype=int32. Pass"
+        "batch_norm: scale must be floating or complex. Got scale.dtype=int32. Pass"
         " scale.astype(jnp.float32)."
     )
     with raises(TypeError, message):
@@ -247,15 +268,26 @@ def test_where_with_one_axis_less_than_x(name):
 
 
 @every
-@pytest.mark.parametrize("dtype", ["float32", "int32"])
-def test_where_that_is_not_boolean(name, dtype):
+@pytest.mark.parametrize("dtype", ["complex64", "int32"])
+def test_where_that_is_neither_boolean_nor_floating(name, dtype):
     message = (
-        f"{name}: where must be boolean, True where a value counts. Got"
-        f" where.dtype={dtype}. Pass where.astype(bool) or a comparison; weights are not"
-        " supported yet."
+        f"{name}: where must be boolean, True where a value counts, or floating, the"
+        f" weight with which it counts. Got where.dtype={dtype}. Pass"
+        " where.astype(bool) or where.astype(jnp.float32)."
     )
     with raises(TypeError, message):
         FUNCTIONS[name](x, where=jnp.ones(x.shape, dtype))
+
+
+@every
+@pytest.mark.parametrize("worst", [-0.5, float("nan")])
+def test_weights_that_are_negative_or_nan(name, worst):
+    message = (
+        f"{name}: weights must not be negative or NaN. Got where with {worst} in it."
+        " Pass jnp.clip(where, 0), or leave values out with weight 0."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, where=jnp.ones(x.shape).at[0, 1].set(worst))
 
 
 def not_bound(name, axis, axes):
@@ -294,21 +326,59 @@ def test_axis_name_given_twice():
         )
 
 
+@pytest.mark.parametrize(
+    ("groups", "faults"),
+    [
+        ([[0, 1], [2]], "missing: [3]"),
+        ([[0, 1], [1, 2, 3]], "twice: [1]"),
+        ([[0, 1, 2, 3], [4]], "not there: [4]"),
+        ([[0, 0], [7]], "missing: [1, 2, 3], twice: [0], not there: [7]"),
+    ],
+)
 @pytest.mark.parametrize("name", WITH_NAMES)
-def test_sub_groups_until_they_are_supported(name):
+def test_sub_groups_that_do_not_divide_the_devices(name, groups, faults):
     message = (
-        f"{name}: sub-groups of devices are not supported yet. Got"
-        " axis_index_groups=[[0, 1]]. Split the mesh into two axes and name the inner"
-        " one in axis_name."
+        f"{name}: axis_index_groups must name each device of axis_name once, and no group"
+        f" be empty. Got axis_index_groups={groups} for 4 devices, {faults}. Pass"
+        " [[0, 1], [2, 3]], say."
     )
-    with raises(NotImplementedError, message):
-        FUNCTIONS[name](x, axis_name="d", axis_index_groups=[[0, 1]])
+
+    def local(x):
+        FUNCTIONS[name](x, axis_name="d", axis_index_groups=groups)
+
+    with raises(ValueError, message):
+        jax.vmap(local, axis_name="d")(x[0, :4, None])
+
+
+def test_sub_group_that_is_empty():
+    message = (
+        "batch_norm: axis_index_groups must name each device of axis_name once, and no"
+        " group be empty. Got axis_index_groups=[[0, 1], []] for 2 devices. Pass [[0],"
+        " [1]], say."
+    )
+
+    def local(x):
+        normjax.batch_norm(x, axis_name="d", axis_index_groups=[[0, 1], []])
+
+    with raises(ValueError, message):
+        jax.vmap(local, axis_name="d")(x)
+
+
+@pytest.mark.parametrize("name", WITH_NAMES)
+def test_sub_groups_of_no_axis(name):
+    message = (
+        f"{name}: axis_index_groups divides the devices of axis_name, which is missing."
+        " Got axis_index_groups=[[0, 1]], axis_name=None. Pass the axis_name of the"
+        " pmap, shard_map or vmap around the call."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, axis_index_groups=[[0, 1]])
 
 
 @pytest.mark.parametrize("name", WITH_EPSILON)
 def test_dtype_of_y_that_is_not_floating(name):
     message = (
-        f"{name}: dtype, the dtype of y, must be floating. Got dtype=int32. Pass"
+        f"{name}: dtype, the dtype of y, must be floating or complex. Got dtype=int32. Pass"
         " dtype=None for the dtype of x."
     )
     with raises(TypeError, message):
@@ -370,11 +440,11 @@ def test_moments_that_do_not_fit_x():
 def test_mask_of_a_module_with_one_axis_less_than_x():
     message = (
         "LayerNorm: mask must not have one axis less than x, because then it is not clear"
-        " which axis is missing. Got mask.shape=(8, 8, 32), x.shape=(2, 8, 8, 32). Pass"
+        " which axis is missing. Got mask.shape=(2, 8, 8), x.shape=(2, 8, 8, 32). Pass"
         " mask[..., None] if the features are the last axis."
     )
     with raises(ValueError, message):
-        linen.LayerNorm().init(jax.random.key(0), x, mask=jnp.ones((8, 8, 32)))
+        linen.LayerNorm().init(jax.random.key(0), x, mask=jnp.ones((2, 8, 8)))
 
 
 def test_group_norm_module_with_both_sizes_or_none():
@@ -422,8 +492,8 @@ def test_batch_stats_of_another_model(running):
     variables = norm.init(jax.random.key(0), x)
     variables["batch_stats"] = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
     message = (
-        "BatchNorm: batch_stats must have the shape of the features. Got mean and var of"
-        " shapes (3,) and (3,), features (32,). Pass the batch_stats of this model."
+        "BatchNorm: batch_stats must have the shape of the features. Got mean of shape"
+        " (3,), var of shape (3,), features (32,). Pass the batch_stats of this model."
     )
     with raises(ValueError, message):
         norm.apply(variables, x, mutable=["batch_stats"])

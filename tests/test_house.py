@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import normjax
-from normjax import linen
+from normjax import linen, nnx
 
 PACKAGE = pathlib.Path(normjax.__file__).parent
 # A file imports only from files of lower numbers, never its own.
@@ -24,11 +24,12 @@ ORDER = {
     "_running": 4,
     "_module": 5,
     "linen": 6,
+    "nnx": 6,
     "__init__": 9,
 }
 PUBLIC = [
     (module, name)
-    for module in (normjax, linen)
+    for module in (normjax, linen, nnx)
     for name, value in vars(module).items()
     if not name.startswith("_")
     and getattr(value, "__module__", "").startswith("normjax")
@@ -88,7 +89,8 @@ def test_public_names_are_those_of_the_design():
         "rms_norm",
     }
     modules = {"BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"}
-    assert {n for m, n in PUBLIC if m is linen} == modules
+    for library in (linen, nnx):
+        assert {n for m, n in PUBLIC if m is library} == modules
 
 
 def documented():
@@ -117,8 +119,10 @@ def test_public_docstring_has_its_parts(name):
         arguments = [p for p in inspect.signature(value).parameters if p != "self"]
         for argument in arguments:
             assert f"{argument}:" in doc or argument == "cls", argument
-    elif inspect.isclass(value) and issubclass(value, linen.nn.Module):
+    elif inspect.isclass(value):
         own = set(value.__annotations__) - {"parent", "name"}
+        if issubclass(value, nnx.nnx.Module):
+            own = set(inspect.signature(value.__init__).parameters) - {"self"}
         for field in own:
             assert f"{field}:" in doc, field
 
