@@ -8,7 +8,7 @@ WORKERS ?= auto
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
-.PHONY: demo test lint types format bench accuracy notebook clean
+.PHONY: demo test lint types format bench test-flax accuracy notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
@@ -29,6 +29,15 @@ format: $(DONE)
 
 bench: $(DONE)
 	$(PY) benchmarks/run.py
+
+# Flax's own tests of norms, from a checkout of Flax, on normjax's modules.
+FLAX_TESTS := tests/linen/linen_test.py tests/nnx/nn/normalization_test.py
+test-flax: $(DONE)
+	@test -f "$(FLAX)/tests/linen/linen_test.py" || { echo "test-flax needs a checkout of \
+	Flax. Got FLAX=$(FLAX). Type: make test-flax FLAX=path/of/flax"; exit 2; }
+	cd "$(FLAX)" && PYTHONPATH="$(CURDIR)/tests" "$(abspath $(PY))" -m pytest -p swap_flax -q \
+	  -p no:cacheprovider -c /dev/null --rootdir . $(FLAX_TESTS) \
+	  -k "NormalizationTest or TestLinenConsistency"
 
 accuracy: $(DONE)
 	$(PY) benchmarks/accuracy.py

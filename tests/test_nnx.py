@@ -1,0 +1,212 @@
+"""The nnx modules: Flax's own in arguments, state, outputs and gradients."""
+
+import inspect
+
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from systems import NAMES, Nnx
+
+from normjax import linen, nnx
+
+CASES = [
+    ("BatchNorm", {}),
+    ("BatchNorm", {"use_running_average": True}),
+    ("BatchNorm", {"axis": 1, "momentum": 0.5, "epsilon": 1e-3}),
+    ("BatchNorm", {"use_scale": False, "dtype": jnp.bfloat16}),
+    ("BatchNorm", {"param_dtype": jnp.bfloat16, "promote_dtype": "identity"}),
+    ("LayerNorm", {}),
+    ("LayerNorm", {"use_bias": False}),
+    ("LayerNorm", {"reduction_axes": (1, 2)}),
+    ("LayerNorm", {"reduction_axes": (1, 2, 3), "feature_axes": 1}),
+    ("LayerNorm", {"dtype": jnp.bfloat16}),
+    ("RMSNorm", {}),
+    ("RMSNorm", {"reduction_axes": (-1, -2), "dtype": jnp.float16}),
+    ("RMSNorm", {"use_scale": False, "promote_dtype": "identity"}),
+    ("GroupNorm", {"num_groups": 3}),
+    ("GroupNorm", {"num_groups": None, "group_size": 2}),
+    ("InstanceNorm", {}),
+    ("InstanceNorm", {"feature_axes": 1, "epsilon": 1e-3}),
+]
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_are_flaxs(name):
+    """Those of Flax first, in order, by kind and default; then what is beyond Flax."""
+    for method in ("__init__", "__call__"):
+        ours, theirs = (
+            [
+                (p.name, p.kind, p.default)
+                for p in inspect.signature(getattr(c, method)).parameters.values()
+            ]
+            for c in (getattr(nnx, name), getattr(flax.nnx, name))
+        )
+        initializers = {"scale_init", "bias_init"}  # functions made anew at each call
+        for (n, kind, default), want in zip(ours, theirs, strict=False):
+            assert (n, kind) == want[:2]
+            assert n in initializers or default == want[2], n
+        beyond = {n for n, *_ in ours[len(theirs) :]}
+        assert (
+            beyond
+            == {
+                ("__init__", True): {
+                    *(
+                        "normalize_with",
+                        "update_statistics",
+                        "debias",
+                        "running_variance",
+                    ),
+                    *("missing_axis", "mask_is_weight"),
+                },
+                ("__init__", False): {"missing_axis", "mask_is_weight"},
+                ("__call__", True): {"momentum"},
+                ("__call__", False): set(),
+            }[method, name == "BatchNorm"]
+        )
+
+
+def made(library, name, x, fields):
+    axis = fields.get("axis", fields.get("feature_axes", -1))
+    fields = {**fields, "scale_init": flax.nnx.initializers.normal()}
+    if name != "RMSNorm":
+        fields["bias_init"] = flax.nnx.initializers.normal()
+    if fields.get("promote_dtype") == "identity":
+        fields["promote_dtype"] = lambda operands, **_: operands
+    make = getattr(library, name)
+    return make(x.shape[axis], rngs=flax.nnx.Rngs(3), **fields)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "fields"), CASES)
+def test_module_is_flaxs(name, fields, dtype):
+    """State by path, type, shape and dtype; outputs, gradients and new statistics."""
+    x = (3 * normal((4, 4, 4, 6)) + 1).astype(dtype)
+    if name == "GroupNorm":  # Flax's own is right for one axis of space alone
+        x = x[:, 0, 0]
+
+    def loss(module, x):
+        y = module(x)
+        return jnp.sin(y.astype(jnp.float32)).sum(), y
+
+    found = []
+    for library in (nnx, flax.nnx):
+        module = made(library, name, x, fields)
+        before = flax.nnx.to_pure_dict(flax.nnx.state(module))
+        types = jax.tree.map(
+            type,
+            flax.nnx.state(module),
+            is_leaf=lambda v: isinstance(v, flax.nnx.Variable),
+        )
+        step = flax.nnx.jit(
+            flax.nnx.grad(loss, argnums=(0, 1), has_aux=True), graph=True
+        )
+        (grads, dx), y = step(module, x)
+        after = flax.nnx.to_pure_dict(flax.nnx.state(module))
+        found.append((before, flax.nnx.to_pure_dict(grads), dx, y, after))
+        assert all(issubclass(t, flax.nnx.Variable) for t in jax.tree.leaves(types))
+    described = jax.tree.map(lambda a: (a.shape, a.dtype), found)
+    assert described[0] == described[1]
+    jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])
+    coarse = max(float(jnp.finfo(a.dtype).eps) for a in jax.tree.leaves(found))
+    for a, b in zip(*(map(np.asarray, jax.tree.leaves(t)) for t in found), strict=True):
+        a, b = a.astype("float32"), b.astype("float32")
+        size = max(1, np.abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=(4 * coarse + 1e-5) * size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nnx_is_linen(name):
+    """One function under both: bit for bit, with a mask too."""
+    x, mask = normal((4, 5, 6)), jax.random.bernoulli(jax.random.key(1), 0.6, (4, 5, 1))
+    fields = {"num_groups": 3} if name == "GroupNorm" else {}
+    running = {"use_running_average": False} if name == "BatchNorm" else {}
+    module = getattr(linen, name)(**fields)
+    variables = module.init(jax.random.key(0), x, **running)
+    want, updates = module.apply(
+        variables, x, mask=mask, mutable=["batch_stats"], **running
+    )
+    ours = Nnx(name, x, **fields)
+    np.testing.assert_array_equal(ours(x, mask=mask, **running), want)
+    if name == "BatchNorm":
+        jax.tree.map(
+            np.testing.assert_array_equal, ours.statistics, dict(updates["batch_stats"])
+        )
+
+
+@pytest.mark.parametrize("axes", [(1, -1), (-1,), (0, 2, -1), None])
+def test_group_norm_is_right_for_any_reduction_axes(axes):
+    """Flax's repeats its moments along axis 1, which is wrong or crashes."""
+    x = normal((4, 5, 3, 6)) + jnp.arange(4.0)[:, None, None, None]
+    norm = nnx.GroupNorm(6, num_groups=2, reduction_axes=axes, rngs=flax.nnx.Rngs(0))
+    view = np.asarray(x, np.float64).reshape(4, 5, 3, 2, 3)
+    over = (*(() if axes is None else axes[:-1]), 4) if axes else (1, 2, 4)
+    want = (view - view.mean(over, keepdims=True)) / np.sqrt(
+        view.var(over, keepdims=True) + 1e-6
+    )
+    np.testing.assert_allclose(norm(x), want.reshape(x.shape), atol=1e-5)
+
+
+def test_unbatched_group_norm_is_one_sample():
+    x = normal((7, 6))
+    norm = nnx.GroupNorm(6, num_groups=2, reduction_axes=(0, -1), rngs=flax.nnx.Rngs(0))
+    whole = nnx.GroupNorm(6, num_groups=2, rngs=flax.nnx.Rngs(0))
+    np.testing.assert_allclose(norm(x), whole(x[None])[0], atol=1e-6)
+
+
+def test_several_feature_axes_share_one_long_vector():
+    """As in Flax, the parameters are ``[num_features]``, whatever axes own them."""
+    x = normal((3, 4, 2, 5))
+    for library in (nnx, flax.nnx):
+        norm = library.BatchNorm(10, axis=(2, 3), rngs=flax.nnx.Rngs(0))
+        norm.scale[...] = jnp.arange(10.0)
+        if library is nnx:
+            y, mean = norm(x), norm.mean[...]
+    flat = flax.nnx.BatchNorm(10, rngs=flax.nnx.Rngs(0))
+    flat.scale[...] = jnp.arange(10.0)
+    want = flat(x.reshape(3, 4, 10))
+    np.testing.assert_allclose(y.reshape(3, 4, 10), want, atol=1e-5)
+    np.testing.assert_allclose(mean, flat.mean[...], atol=1e-6)
+
+
+def test_train_and_eval_set_what_normalizes():
+    model = flax.nnx.Sequential(nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0)))
+    x = normal((8, 3)) + 4
+    model.eval()
+    np.testing.assert_allclose(model(x), x / jnp.sqrt(1 + 1e-5), atol=1e-6)
+    model.train()
+    assert abs(model(x).mean()) < 1e-6
+
+
+def test_view_sets_the_switches():
+    norm = nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))
+    frozen = flax.nnx.view(norm, normalize_with="running", update_statistics=False)
+    x = normal((8, 3)) + 4
+    np.testing.assert_allclose(frozen(x), x / jnp.sqrt(1 + 1e-5), atol=1e-6)
+    assert (norm.mean[...] == 0).all() and norm.normalize_with is None
+    with pytest.raises(ValueError, match="Unused keys"):
+        flax.nnx.view(norm, momentum=0.5)
+    assert "update_statistics" in flax.nnx.view_info(norm)
+
+
+def test_number_of_features_that_x_does_not_have():
+    x = normal((4, 5))
+    with pytest.raises(ValueError) as caught:
+        nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))(x)
+    assert "(5,)" in str(caught.value) and "(3,)" in str(caught.value)
+    for name in ("LayerNorm", "RMSNorm", "InstanceNorm"):
+        with pytest.raises(ValueError) as caught:
+            getattr(nnx, name)(3, rngs=flax.nnx.Rngs(0))(x[None])
+        assert str(caught.value).startswith(f"{name}: scale must have shape (5,)")
+
+
+@pytest.mark.parametrize("groups", [(32, 4), (None, None), (5, None), (None, 4)])
+def test_groups_that_do_not_fit(groups):
+    num_groups, group_size = groups
+    with pytest.raises(ValueError, match=r"^GroupNorm: .*(must be set|must divide)"):
+        nnx.GroupNorm(6, num_groups, group_size, rngs=flax.nnx.Rngs(0))
