@@ -160,14 +160,21 @@ def test_cell_says_how_many_diverged(accuracies, lines):
     assert cell.lines() == lines
 
 
-def test_finding_is_of_the_worst_setting():
-    one = [result(accuracy=0.9), result(accuracy=0.5, rate="large")]
-    two = [
-        result(accuracy=0.7, norm="layer"),
-        result(accuracy=0.6, norm="layer", rate="large"),
-    ]
-    said = "Best worst case of 2 settings: layer, 60.0 %"
-    assert demo.finding(demo.cells(one + two)) == said
+def test_finding_is_of_the_worst_setting_and_names_what_seeds_cannot_part():
+    def of(norm, *settings):
+        return [
+            result(seed, accuracy, norm=norm, rate=rate)
+            for rate, accuracies in zip(("small", "large"), settings, strict=True)
+            for seed, accuracy in enumerate(accuracies)
+        ]
+
+    batch = of("batch", (0.9, 0.9, 0.9), (0.4, 0.5, 0.59))
+    layer = of("layer", (0.6, 0.6, 0.7), (0.8, 0.9, 0.9))
+    said = "Best in its worst of 2 settings: layer 60.0 %"
+    assert demo.finding(demo.cells(batch + layer)) == said
+    group = of("group", (0.5, 0.57, 0.6), (0.7, 0.7, 0.7))
+    said += ", group 57.0 %"
+    assert demo.finding(demo.cells(batch + layer + group)) == said
 
 
 # The command.

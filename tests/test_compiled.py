@@ -37,9 +37,14 @@ def only(all_reduces):
     }
 
 
-def arguments(masked):
-    x = jax.random.normal(jax.random.key(0), SHAPE)
-    where = jnp.ones((16, 6, 1, 1), bool) if masked else None
+COUNTS = {"plain": None, "masked": bool, "weighted": jnp.float32}
+counts = pytest.mark.parametrize("counts", COUNTS)
+
+
+def arguments(counts, dtype=jnp.float32):
+    x = jax.random.normal(jax.random.key(0), SHAPE, dtype)
+    kind = COUNTS[counts]
+    where = None if kind is None else jnp.ones((16, 6, 1, 1), kind)
     return x, jnp.ones(8), jnp.zeros(8), where
 
 
@@ -56,13 +61,16 @@ def by_name(f, way):
     )
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@counts
+@pytest.mark.parametrize("groups", [None, [[0, 1, 2], [3], [4, 5, 6, 7]]])
 @pytest.mark.parametrize("way", ["shard_map", "unchecked", "pmap"])
-def test_named_sync_is_one_all_reduce_forward_and_one_backward(way, masked):
-    x, scale, bias, where = arguments(masked)
+def test_named_sync_is_one_all_reduce_forward_and_one_backward(way, groups, counts):
+    x, scale, bias, where = arguments(counts)
 
     def forward(x, scale, bias, where):
-        return normjax.batch_norm(x, scale, bias, where=where, axis_name="d")[0]
+        return normjax.batch_norm(
+            x, scale, bias, where=where, axis_name="d", axis_index_groups=groups
+        )[0]
 
     def gradients(*a):
         def loss(x, scale, bias):
@@ -82,7 +90,7 @@ def test_named_sync_is_one_all_reduce_forward_and_one_backward(way, masked):
 def test_large_moments_sync_in_two_all_reduces(monkeypatch):
     monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 8)
     jax.clear_caches()  # of what was traced with the other limit
-    x, scale, bias, _ = arguments(False)
+    x, scale, bias, _ = arguments("plain")
 
     def forward(x, scale, bias, where):
         return normjax.batch_norm(x, scale, bias, axis_name="d")[0]
@@ -93,12 +101,12 @@ def test_large_moments_sync_in_two_all_reduces(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("masked", [False, True])
-def test_sharded_batch_is_at_most_two_all_reduces_forward_and_one_back(kind, masked):
+@counts
+def test_sharded_batch_is_at_most_two_all_reduces_forward_and_one_back(kind, counts):
     devices = mesh((8,), ("d",), kind)
     split = NamedSharding(devices, P("d"))
     with jax.set_mesh(devices):
-        x, scale, bias, where = arguments(masked)
+        x, scale, bias, where = arguments(counts)
         x, where = jax.tree.map(lambda a: jax.device_put(a, split), (x, where))
 
         def forward(x, scale, bias, where):
@@ -118,7 +126,7 @@ def test_sharded_batch_is_at_most_two_all_reduces_forward_and_one_back(kind, mas
 @pytest.mark.parametrize("norm", [n for n in FAMILY if n != "batch"])
 def test_norms_within_a_sample_need_no_collective(norm):
     split = NamedSharding(mesh((8,), ("d",)), P("d"))
-    x, scale, bias, _ = arguments(False)
+    x, scale, bias, _ = arguments("plain")
     x = jax.device_put(x, split)
     forward = functools.partial(FAMILY[norm].call, w=None)
     assert operations(lambda x, s, b: forward(x, s, b), x, scale, bias) == only(0)
@@ -126,20 +134,20 @@ def test_norms_within_a_sample_need_no_collective(norm):
     assert found == only(0)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@counts
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("norm", FAMILY)
-def test_backward_keeps_x_the_mask_the_moments_and_the_parameters(norm, dtype, masked):
-    x, scale, bias, where = arguments(masked)
-    x = x.astype(dtype)
+def test_backward_keeps_x_the_mask_the_moments_and_the_parameters(norm, dtype, counts):
+    x, scale, bias, where = arguments(counts, dtype)
     row = FAMILY[norm]
 
     def pullback(x, scale, bias):
         return jax.vjp(lambda *a: row.call(*a, where), x, scale, bias)[1]
 
     kept = jax.tree.leaves(jax.jit(pullback)(x, scale, bias))
-    _, mean, _ = family.reference_moments(row, x.astype(jnp.float32))
-    moments = 4 * mean.nbytes  # count, var, and the mean in two parts
+    wide = jnp.promote_types(dtype, jnp.float32)
+    count, mean, _ = family.reference_moments(row, x.astype(wide))
+    moments = 2 * count.nbytes + 2 * mean.nbytes  # count, var, the mean in two parts
     mask = 0 if where is None else where.nbytes
     allowed = x.nbytes + mask + moments + scale.nbytes
     assert sum(a.nbytes for a in kept) <= allowed

@@ -151,22 +151,69 @@ def test_moments_count_by_mask_in_any_form():
         np.testing.assert_allclose(m.mean[0, 0], np.asarray(x[:3]).mean(), rtol=1e-5)
 
 
+def test_count_of_weights_is_their_sum():
+    x, w = normal((4, 6)), jnp.array([0.5, 0.0, 2.0, 0.25])[:, None]
+    m = normjax.moments(x, 0, where=w)
+    wide = np.asarray(x, np.float64)
+    mean = np.average(wide, axis=0, weights=np.asarray(w)[:, 0])
+    np.testing.assert_array_equal(m.count, np.full((1, 6), 2.75))
+    np.testing.assert_allclose(m.mean[0], mean, rtol=1e-5)
+    var = np.average((wide - mean) ** 2, axis=0, weights=np.asarray(w)[:, 0])
+    np.testing.assert_allclose(m.var[0], var, rtol=1e-5)
+    half = normjax.moments(x[:2], 0, where=w[:2])
+    merged = half.merge(normjax.moments(x[2:], 0, where=w[2:]))
+    np.testing.assert_allclose(merged.var, m.var, rtol=1e-5)
+
+
+def test_moments_of_complex_values():
+    x = normal((50, 3), dtype=jnp.complex64) + (1e4 + 2e4j)
+    m = normjax.moments(x, 0)
+    assert (m.count.dtype, m.mean.dtype, m.var.dtype) == (
+        "float32",
+        "complex64",
+        "float32",
+    )
+    wide = np.asarray(x, np.complex128)
+    np.testing.assert_allclose(m.mean + m.rest, wide.mean(0)[None], rtol=1e-7)
+    np.testing.assert_allclose(m.var, wide.var(0)[None], rtol=2e-6)
+    running = normjax.RunningMoments.init((1, 3), jnp.complex64).update(m)
+    np.testing.assert_array_equal(running.read().mean, m.mean)
+    merged = normjax.moments(x[:20], 0).merge(normjax.moments(x[20:], 0))
+    np.testing.assert_allclose(merged.var, m.var, rtol=2e-6)
+
+
 # Across devices.
 
 
-def across(context, x, where, axis=(0, 1, 2)):
+def eighths(where):
+    """Weights that every dtype adds up exactly, 0 where the mask is False."""
+    of_8 = jax.random.randint(jax.random.key(4), where.shape, 1, 9)
+    return jnp.where(where, of_8.astype(jnp.float32) / 8, jnp.zeros(where.shape))
+
+
+def across(context, x, where, axis=(0, 1, 2), groups=None):
+    """The moments of all devices; with groups those of each device, stacked."""
     c = MAPPED[context]
 
     def local(split, _):
         x, where = split
-        return (), normjax.moments(x, axis, where=where, axis_name=c.names)
+        m = normjax.moments(
+            x, axis, where=where, axis_name=c.names, axis_index_groups=groups
+        )
+        if groups is None:
+            return (), m
+        size = sum(map(len, groups))
+        mine = jnp.arange(size) == jax.lax.axis_index(c.names)
+        mine = mine.reshape(size, *(1 for _ in m.shape))
+        alone = jax.tree.map(lambda a: jnp.where(mine, a, jnp.zeros_like(a)), m)
+        return (), jax.lax.psum((alone.count, alone.mean, alone.var), c.names)
 
     # pmap lines its axes up wrongly where an argument has no leaves, hence the 0.
     return jax.jit(lambda x, w: c.run(local, (x, w), jnp.zeros(()))[1])(x, where)
 
 
 @pytest.mark.parametrize("context", MAPPED)
-@pytest.mark.parametrize("mask", ["plain", "masked"])
+@pytest.mark.parametrize("mask", ["plain", "masked", "weighted"])
 @pytest.mark.parametrize("bytes_", [_moments.ONE_ALL_REDUCE_BYTES, 0])
 def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch):
     """With device means 100 std apart, in one all-reduce and in two."""
@@ -176,15 +223,45 @@ def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch)
         + 100 * jnp.repeat(jnp.arange(8.0), 2)[None, :, None, None]
     )
     where = None
-    if mask == "masked":
+    if mask != "plain":
         where = jax.random.bernoulli(jax.random.key(3), 0.6, (6, 16, 1, 3))
         where = where.at[:, 6:8].set(False)
         x = jnp.where(where, x, jnp.nan)
+    if mask == "weighted":
+        where = eighths(where)
     want = normjax.moments(x, (0, 1, 2), where=where)
     got = across(context, x, where)
     np.testing.assert_array_equal(got.count, want.count)
     np.testing.assert_allclose(got.mean, want.mean, rtol=3e-7)
     np.testing.assert_allclose(got.var, want.var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("context", [c for c in MAPPED if c != "partial manual"])
+@pytest.mark.parametrize("kind", ["plain", "masked", "complex and weighted"])
+@pytest.mark.parametrize("bytes_", [_moments.ONE_ALL_REDUCE_BYTES, 0])
+def test_sync_of_sub_groups_is_that_of_each_alone(context, kind, bytes_, monkeypatch):
+    """Of unequal sizes; where jax itself raises too; NaN stays in its own group."""
+    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", bytes_)
+    groups = [[0, 3, 5], [1], [2, 4, 6, 7]]
+    x = normal((6, 16, 3), dtype=jnp.complex64 if "complex" in kind else jnp.float32)
+    x = x + 100 * jnp.repeat(jnp.arange(8.0, dtype=x.dtype), 2)[None, :, None]
+    x = x.at[0, 2].set(jnp.nan)  # device 1, a group of its own
+    where = None
+    if kind != "plain":
+        where = jax.random.bernoulli(jax.random.key(3), 0.6, (6, 16, 1))
+        where = where.at[:, 6:8].set(False).at[0, 2].set(True)
+    if "weighted" in kind:
+        where = eighths(where)
+    count, mean, var = across(context, x, where, (0, 1), groups)
+    assert jnp.isnan(mean[1]).all()
+    for group in groups:
+        rows = np.concatenate([[2 * i, 2 * i + 1] for i in group])
+        counts = None if where is None else where[:, rows]
+        want = normjax.moments(x[:, rows], (0, 1), where=counts)
+        for device in group:
+            np.testing.assert_array_equal(count[device], want.count)
+            np.testing.assert_allclose(mean[device], want.mean, rtol=3e-7)
+            np.testing.assert_allclose(var[device], want.var, rtol=2e-6)
 
 
 def test_sync_of_uncentered_moments_is_exact():

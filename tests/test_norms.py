@@ -26,6 +26,13 @@ def parameters(n, dtype=jnp.float32):
     return normal((n,), 1, dtype) + 1, normal((n,), 2, dtype)
 
 
+def weights(shape, seed=5):
+    """Weights from 0.1 to 2, some of them 0."""
+    keys = jax.random.split(jax.random.key(seed))
+    w = jax.random.uniform(keys[0], shape, minval=0.1, maxval=2)
+    return jnp.where(jax.random.bernoulli(keys[1], 0.7, shape), w, jnp.zeros_like(w))
+
+
 # The formula.
 
 
@@ -111,6 +118,105 @@ def test_parameters_of_the_rank_of_x_adapt_by_sample():
     x, scale = normal((3, 5, 4)), normal((3, 1, 4), 1)
     want = normjax.instance_norm(x) * scale
     np.testing.assert_allclose(normjax.instance_norm(x, scale), want, atol=1e-6)
+
+
+# Weights and complex values.
+
+
+@norms
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "float32", "bfloat16"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weighted_and_complex_norm_is_its_formula(norm, dtype, weighted, float64):
+    x = normal((3, 4, 2, 6), dtype=dtype) * 3 + 1
+    scale, bias = parameters(6, dtype)
+    where = weights((3, 4, 1, 6)) if weighted else None
+    y = FAMILY[norm].call(x, scale, bias, where)
+    assert y.dtype == x.dtype
+    wide = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
+    operands = (a.astype(wide) for a in (x, scale, bias))
+    where = None if where is None else where.astype(jnp.float64)
+    want = family.reference(FAMILY[norm], *operands, where)
+    error = np.abs(np.asarray(y.astype(wide) - want)).max()
+    size = np.abs(want).max()
+    # Of weights of float32 the sums are of no more digits than those of y.
+    own = family.tolerance(1, dtype, c=1) if dtype == "bfloat16" else 0
+    assert error <= (own + family.tolerance(24, jnp.finfo(dtype).dtype)) * size
+
+
+@norms
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_scale_of_the_weights_does_not_matter(norm, dtype):
+    x, w = normal((3, 4, 2, 6)), weights((3, 4, 1, 1)).astype(dtype)
+    y, z = (FAMILY[norm].call(x, None, None, c * w) for c in (1, 4))
+    np.testing.assert_allclose(y, z, atol=family.tolerance(24, jnp.float32))
+    boolean = FAMILY[norm].call(x, None, None, jnp.ones_like(w, dtype=bool))
+    ones = FAMILY[norm].call(x, None, None, jnp.ones_like(w))
+    np.testing.assert_allclose(ones, boolean, atol=family.tolerance(24, jnp.float32))
+
+
+@norms
+def test_whole_weights_are_copies_of_rows(norm):
+    """Of the second axis, which every norm but batch norm of one sample reduces."""
+    x, (scale, bias) = normal((1, 4, 2, 6)), parameters(6)
+    times = np.array([2, 0, 1, 3])
+    copies = np.repeat(np.arange(4), times)
+    w = jnp.asarray(times, jnp.float32)[None, :, None, None]
+    y = FAMILY[norm].call(x, scale, bias, w)
+    want = FAMILY[norm].call(x[:, copies], scale, bias, None)
+    tolerance = family.tolerance(36, jnp.float32) * float(jnp.abs(want).max())
+    np.testing.assert_allclose(y[:, copies], want, atol=tolerance)
+    assert (y[:, 1] == 0).all()
+
+
+@norms
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_bad_value_of_weight_zero_leaves_no_trace(norm, bad):
+    x, (scale, bias), w = normal((3, 4, 2, 6)), parameters(6), weights((3, 4, 1, 6))
+
+    def loss(x, scale, bias, w):
+        return jnp.sin(FAMILY[norm].call(x, scale, bias, w)).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+    want = gradient(jnp.where(w > 0, x, jnp.zeros_like(x)), scale, bias, w)
+    got = gradient(jnp.where(w > 0, x, jnp.full_like(x, bad)), scale, bias, w)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    dx, dw = got[1][0], got[1][3]
+    assert (jnp.where(w > 0, jnp.zeros_like(dx), dx) == 0).all()
+    assert (jnp.where(w > 0, jnp.zeros_like(dw), dw) == 0).all()
+    assert (jnp.where(w > 0, dw, jnp.ones_like(dw)) != 0).any()
+
+
+@norms
+def test_weights_of_all_zero_give_zeros_and_finite_gradients(norm):
+    x, (scale, bias), w = normal((3, 4, 2, 6)), parameters(6), jnp.zeros((3, 4, 1, 1))
+
+    def loss(x, scale, bias, w):
+        y = FAMILY[norm].call(x, scale, bias, w)
+        return jnp.sin(y).sum(), y
+
+    grads, y = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(x, scale, bias, w)
+    assert (y == 0).all()
+    jax.tree.map(lambda a: np.testing.assert_array_equal(a, jnp.zeros_like(a)), grads)
+
+
+@norms
+def test_a_turn_of_complex_x_turns_y(norm):
+    x, turn = normal((3, 4, 2, 6), dtype=jnp.complex64), jnp.exp(jnp.complex64(0.7j))
+    y = FAMILY[norm].call(x, None, None, None)
+    z = FAMILY[norm].call(turn * x, None, None, None)
+    np.testing.assert_allclose(z, turn * y, atol=family.tolerance(24, jnp.float32) * 3)
+    real = FAMILY[norm].call(x.real, None, None, None)
+    as_complex = FAMILY[norm].call(x.real.astype(x.dtype), None, None, None)
+    np.testing.assert_allclose(as_complex.real, real, atol=1e-6)
+    assert (as_complex.imag == 0).all()
+
+
+def test_complex_scale_of_real_x_makes_y_complex_where_it_may():
+    x, scale = normal((3, 6)), normal((6,), 1, jnp.complex64)
+    y = normjax.layer_norm(x, scale, dtype=jnp.complex64)
+    want = normjax.layer_norm(x).astype(y.dtype) * scale[None]
+    assert y.dtype == jnp.complex64
+    np.testing.assert_allclose(y, want, atol=family.tolerance(6, jnp.float32))
 
 
 @norms
