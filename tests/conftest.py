@@ -19,3 +19,11 @@ def float64():
     """Lets arrays be of 64 bits."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_compile():
+    """Compiling is what costs most tests; the arithmetic is the same without its best."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

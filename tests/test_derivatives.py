@@ -294,14 +294,6 @@ CONTEXTS = {
 }
 
 
-@pytest.fixture
-def quick_compile():
-    """Compiling is what costs here; the arithmetic is the same without its best."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 NAMED = [c for c in CONTEXTS if "side" in c or "shards" in c]
 
 
