@@ -8,7 +8,7 @@ WORKERS ?= auto
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
-.PHONY: demo test lint types format bench test-flax accuracy notebook clean
+.PHONY: demo test lint types format bench test-flax accuracy docs notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
@@ -42,6 +42,9 @@ test-flax: $(DONE)
 accuracy: $(DONE)
 	$(PY) benchmarks/accuracy.py
 
+docs: $(DONE)
+	$(PY) -m mkdocs build --strict
+
 notebook: $(DONE)
 	$(PY) notebooks/execute.py
 
@@ -53,4 +56,4 @@ $(DONE): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -23,7 +23,7 @@ def float64():
 
 @pytest.fixture
 def quick_compile():
-    """Compiling is what costs most tests; the arithmetic is the same without its best."""
+    """Compiling costs most of the time; the arithmetic is the same without its best."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -10,7 +10,6 @@ import pytest
 import normjax.linen
 import normjax.nnx
 
-
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
