@@ -104,7 +104,8 @@ class BatchNorm(nn.Module):
       update_statistics: whether the running statistics are updated. None: where
         ``use_running_average`` is False, as in Flax.
       debias: whether to take the part of their start, 0 and 1, off the running
-        statistics, so that the first update is what they are after it.
+        statistics, so that the first update is what they are after it; exact where
+        ``momentum`` is the same in all calls.
       running_variance: "biased", as in Flax, or "unbiased", as in PyTorch: whether the
         running variance is an average of ``var`` or of ``var * count / (count - 1)``.
       missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or

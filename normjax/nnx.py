@@ -128,7 +128,8 @@ class BatchNorm(_Norm):
       update_statistics: whether the running statistics are updated. None: where
         ``use_running_average`` is False, as in Flax.
       debias: whether to take the part of their start, 0 and 1, off the running
-        statistics, so that the first update is what they are after it.
+        statistics, so that the first update is what they are after it; exact where
+        ``momentum`` is the same in all calls.
       running_variance: "biased", as in Flax, or "unbiased", as in PyTorch: whether the
         running variance is an average of ``var`` or of ``var * count / (count - 1)``.
       missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
@@ -235,7 +236,11 @@ class BatchNorm(_Norm):
         if update:
             running = _module.update(self, running, m, momentum)
             for variable, value in zip(variables, running, strict=False):
-                variable[...] = jax.lax.stop_gradient(value.reshape(variable.shape))
+                value = jax.lax.stop_gradient(value.reshape(variable.shape))
+                if value.dtype == variable.dtype:
+                    variable[...] = value
+                else:  # the first complex mean, whose imaginary part has no place yet
+                    variable.set_value(value)
         return y
 
     def set_view(

@@ -174,6 +174,21 @@ def test_several_feature_axes_share_one_long_vector():
     np.testing.assert_allclose(mean, flat.mean[...], atol=1e-6)
 
 
+def test_running_mean_of_complex_x_is_complex():
+    """Flax's drops the imaginary part, with a warning."""
+    x = normal((16, 3), dtype=jnp.complex64) + (1 + 2j)
+    norm = nnx.BatchNorm(3, momentum=0.5, rngs=flax.nnx.Rngs(0))
+    step = flax.nnx.jit(lambda norm, x: norm(x))
+    for _ in range(2):
+        y = step(norm, x)
+    assert y.dtype == norm.mean[...].dtype == jnp.complex64
+    np.testing.assert_allclose(norm.mean[...], 0.75 * x.mean(0), rtol=1e-5)
+    assert norm.var[...].dtype == jnp.float32
+    norm.eval()
+    want = (x - norm.mean[...]) / jnp.sqrt(norm.var[...] + 1e-5)
+    np.testing.assert_allclose(norm(x), want, rtol=1e-5)
+
+
 def test_train_and_eval_set_what_normalizes():
     model = flax.nnx.Sequential(nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0)))
     x = normal((8, 3)) + 4
