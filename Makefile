@@ -8,10 +8,13 @@ WORKERS ?= auto
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
-.PHONY: demo test lint types format bench test-flax accuracy docs notebook clean
+.PHONY: demo compare test lint types format bench test-flax accuracy docs notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
+
+compare: $(DONE)
+	$(PY) examples/compare_norms.py
 
 test: $(DONE) lint types
 	$(PY) -m pytest -n $(WORKERS)
