@@ -177,15 +177,25 @@ def batch_norm(
     return y, _norms.batch_norm(x, **arguments)[1] if update else m
 
 
-def check_updated(running: Statistics) -> None:
-    """Refuses to normalize by running statistics that nothing was added to yet."""
-    count = running.count
-    if count is not None and _check.is_concrete(count) and not np.any(count):
+def check_updated(running: Statistics, with_running: bool) -> None:
+    """Refuses running statistics whose updates were not counted, where that matters.
+
+    That is where they normalize, or where the first update would replace them.
+    """
+    if running.count is None or not all(map(_check.is_concrete, running)):
+        return
+    mean, var, count = map(np.asarray, running)
+    if count.any():
+        return
+    found = bool((mean != 0).any() or (var != 1).any())
+    if with_running or found:
         raise _check.error(
             ValueError,
             "BatchNorm",
-            "running statistics must be updated before they normalize",
-            "a count of 0 updates in batch_stats",
+            "running statistics must be updated before they normalize, and counted"
+            " before they are updated further",
+            "a count of 0 updates in batch_stats"
+            + (", and a mean and var that are not those of the start" * found),
             "Train first, or, if mean and var come from a checkpoint without a count,"
             " set batch_stats/count to its number of updates",
         )

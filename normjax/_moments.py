@@ -226,8 +226,12 @@ def own(a: jax.Array, copy: int) -> jax.Array:
 
     XLA on a CPU stores an expression that two consumers share, though it has the size
     of x and costs less to compute again. With a copy of the small operand for each, the
-    expressions differ, and nothing of the size of x is stored.
+    expressions differ, and nothing of the size of x is stored. A copy of 1 / std also
+    keeps its square root from being taken anew for each value, and the sums before it
+    out of the loop that writes y. Elsewhere barriers would only split fusions.
     """
+    if jax.default_backend() != "cpu":
+        return a
     # XLA merges barriers of one operand: each copy is a barrier around the one before.
     for _ in range(copy):
         a = lax.optimization_barrier(a)
@@ -329,17 +333,20 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
     """Counts values, as (count, carry) with the shape of the moments."""
     shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
     n = math.prod(x.shape[a] for a in axes)
-    if where is None:
+    if where is None and isinstance(n, int):
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
         return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
-    wide = jnp.broadcast_to(where, x.shape)
-    if where.dtype != jnp.bool_:
-        count = wide.sum(axes, keepdims=True, dtype=dtype)
+    if where is None:  # of a size that jax.export leaves open
+        total = jnp.broadcast_to(jnp.asarray(n), shape)
+    elif where.dtype != jnp.bool_:
+        count = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=dtype)
         return count, jnp.zeros_like(count)
-    # A sum in the dtype of the statistics shares their all-reduce, where it is exact.
-    exact = n < 1 / jnp.finfo(dtype).eps
-    total = wide.sum(axes, keepdims=True, dtype=dtype if exact else jnp.int32)
+    else:
+        # A sum in the dtype of statistics shares their all-reduce, where it is exact.
+        exact = isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps
+        of = dtype if exact else jnp.int32
+        total = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=of)
     count = total.astype(dtype)
     return count, (total - count.astype(total.dtype)).astype(dtype)
 

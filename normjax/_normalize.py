@@ -45,14 +45,12 @@ def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     y = widened(counted(x, where), stat)
     if centered:
         y = added(added(y, -own(m.mean, 3)), -own(m.rest, 3))
-    factor = _rstd(m.var, epsilon)
-    if scale is not None:
-        scale = widened(scale, stat)
-        if _small(x, factor, scale):
-            factor = product(factor, scale)
-        else:
-            y, factor = product(y, factor), scale
-    y = product(y, factor)
+    rstd = _rstd(m.var, epsilon)
+    if scale is None or _small(x, rstd, scale):
+        factor = rstd if scale is None else product(rstd, widened(scale, stat))
+        y = product(y, own(factor, 1))
+    else:
+        y = product(product(y, own(rstd, 1)), widened(scale, stat))
     if bias is not None:
         y = added(y, widened(bias, stat))
     return counted(y.astype(dtype), where)
@@ -134,13 +132,14 @@ def _tangent(
     stat = m.var.dtype
     x, x_dot = (widened(counted(v, where), stat) for v in (x, x_dot))
 
+    rstd = _rstd(m.var, epsilon)
+
     def centered(use):  # one for each use, with its own copies: see `own`
         return (x - own(m.mean, use)) - own(m.rest, use) if r.centered else x
 
     def x_hat(use):
-        return counted(product(centered(use), _rstd(own(m.var, use), epsilon)), where)
+        return counted(product(centered(use), own(rstd, use)), where)
 
-    rstd = _rstd(m.var, epsilon)
     terms = [weighed(aligned(x_hat(1), x_dot), where)]
     if r.centered:
         terms.append(weighed(x_dot, where))

@@ -179,8 +179,8 @@ class BatchNorm(nn.Module):
         axes = _module.flax_axes("BatchNorm", self.axis, x.ndim, "axis")
         variables = _statistics(self, x, axes)
         running = _module.Statistics(*(v.value for v in variables))
-        if with_running and not self.is_initializing():
-            _module.check_updated(running)
+        if not self.is_initializing():
+            _module.check_updated(running, with_running)
 
         arguments = _arguments(self, x, axes, mask)
         y, m = _module.batch_norm(

@@ -121,7 +121,7 @@ class BatchNorm(_Norm):
       promote_dtype: what Flax would promote the operands with; it says the dtype of the
         output, and x itself is not cast.
       rngs: random keys for the initializers.
-      bias_metadata: metadata of the bias, ``sharding_names`` say.
+      bias_metadata: metadata of the bias, ``out_sharding`` say.
       scale_metadata: metadata of the scale.
       normalize_with: "batch" or "running", the statistics that normalize, whatever
         ``use_running_average`` says. None: what that says.
@@ -225,8 +225,7 @@ class BatchNorm(_Norm):
         axes = _module.flax_axes("BatchNorm", self.axis, x.ndim, "axis")
         variables = [self.mean, self.var] + ([] if self.count is None else [self.count])
         running = _module.Statistics(*(v[...] for v in variables))
-        if with_running:
-            _module.check_updated(running)
+        _module.check_updated(running, with_running)
 
         arguments = self._arguments(x, axes, mask, running.mean, running.var)
         running = _module.along(running, [x.shape[a] for a in axes])
@@ -293,7 +292,7 @@ class LayerNorm(_Norm):
       promote_dtype: what Flax would promote the operands with; it says the dtype of the
         output, and x itself is not cast.
       rngs: random keys for the initializers.
-      bias_metadata: metadata of the bias, ``sharding_names`` say.
+      bias_metadata: metadata of the bias, ``out_sharding`` say.
       scale_metadata: metadata of the scale.
       missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
         "ignore" it, so that one model serves one device and many.
@@ -464,7 +463,7 @@ class GroupNorm(_Norm):
       promote_dtype: what Flax would promote the operands with; it says the dtype of the
         output, and x itself is not cast.
       rngs: random keys for the initializers.
-      bias_metadata: metadata of the bias, ``sharding_names`` say.
+      bias_metadata: metadata of the bias, ``out_sharding`` say.
       scale_metadata: metadata of the scale.
       missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
         "ignore" it, so that one model serves one device and many.
@@ -560,7 +559,7 @@ class InstanceNorm(_Norm):
       promote_dtype: what Flax would promote the operands with; it says the dtype of the
         output, and x itself is not cast.
       rngs: random keys for the initializers.
-      bias_metadata: metadata of the bias, ``sharding_names`` say.
+      bias_metadata: metadata of the bias, ``out_sharding`` say.
       scale_metadata: metadata of the scale.
       missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
         "ignore" it, so that one model serves one device and many.

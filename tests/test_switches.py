@@ -367,17 +367,33 @@ def test_momentum_for_a_cumulative_average(system):
 
 @both
 @pytest.mark.parametrize("fields", [{"momentum": None}, {"debias": True}])
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("update", [None, True])
-def test_running_statistics_that_nothing_was_added_to(system, fields, update):
-    x = jnp.ones((4, 3))
+def test_running_statistics_whose_updates_were_not_counted(
+    system, fields, loaded, update
+):
+    """They would normalize as they started, or be lost at the next update."""
+    x = batches(1)[0]
     norm = system("BatchNorm", x, update_statistics=update, **fields)
-    with pytest.raises(ValueError) as caught:
-        norm(x, use_running_average=True)
-    assert str(caught.value) == (
-        "BatchNorm: running statistics must be updated before they normalize. Got a"
-        " count of 0 updates in batch_stats. Train first, or, if mean and var come from"
-        " a checkpoint without a count, set batch_stats/count to its number of updates."
-    )
+    found = ""
+    if loaded:
+        norm.statistics |= {"mean": jnp.full(3, 2.0), "var": jnp.full(3, 4.0)}
+        found = ", and a mean and var that are not those of the start"
+    before = norm.statistics
+    for use_running_average in [True, False] if loaded else [True]:
+        with pytest.raises(ValueError) as caught:
+            norm(x, use_running_average=use_running_average)
+        assert str(caught.value) == (
+            "BatchNorm: running statistics must be updated before they normalize, and"
+            " counted before they are updated further. Got a count of 0 updates in"
+            f" batch_stats{found}. Train first, or, if mean and var come from a"
+            " checkpoint without a count, set batch_stats/count to its number of"
+            " updates."
+        )
+        close(norm.statistics, before)
+    norm.statistics = before | {"count": jnp.full(3, 9.0)}
+    norm(x, use_running_average=False)
+    assert (norm.statistics["count"] == 10).all()
 
 
 @both
