@@ -121,8 +121,14 @@ def of_groups(groups, wy):
     return {name: functools.partial(loss, name) for name in FAMILY}
 
 
-def derivatives(loss, x, dx, parameters, directions, collect=lambda t: t, share=1.0):
-    """First and second order, forward and reverse, as (split, whole) results."""
+def derivatives(
+    loss, x, dx, parameters, directions, twice, collect=lambda t: t, share=1.0
+):
+    """First and second order, forward and reverse, as (split, whole) results.
+
+    Reverse over reverse only where asked for ``twice``: compiling it takes as long as
+    all the rest.
+    """
 
     def gradient(x, parameters):
         gx, gp = jax.grad(loss, (0, 1))(x, parameters)
@@ -139,20 +145,25 @@ def derivatives(loss, x, dx, parameters, directions, collect=lambda t: t, share=
     hx, hp = jax.jvp(gradient, point, direction)[1]
     split = {"grad": gx, "forward over reverse": hx}
     whole = {"grad": gp, "forward over reverse": hp, "forward": forward}
-    if "weights" not in x:  # compiling it takes as long as all the rest
+    if twice:
         rx, rp = jax.grad(of_gradient, (0, 1))(*point)
         split["reverse over reverse"] = rx
         whole["reverse over reverse"] = collect(rp)
     return split, whole
 
 
-def of_all(make_losses, x, dx, parameters, directions, **options):
+def of_all(kind):
     """`derivatives` of every norm, as {norm: split}, {norm: whole}."""
-    found = {
-        name: derivatives(loss, x, dx, parameters, directions, **options)
-        for name, loss in make_losses.items()
-    }
-    return {n: s for n, (s, _) in found.items()}, {n: w for n, (_, w) in found.items()}
+
+    def every(losses, x, dx, parameters, directions, **options):
+        options["twice"] = kind == "masked"
+        found = {
+            name: derivatives(loss, x, dx, parameters, directions, **options)
+            for name, loss in losses.items()
+        }
+        return tuple({n: pair[i] for n, pair in found.items()} for i in (0, 1))
+
+    return every
 
 
 @functools.cache
@@ -166,14 +177,16 @@ def expected(kind: str, devices: int = 1):
         every = of_groups(GROUPS[devices], wy)
     else:
         every = losses(apply_reference, wy, where, 1.0)
-    whole = jax.jit(functools.partial(of_all, every))
+    whole = jax.jit(functools.partial(of_all(kind), every))
     return jax.device_get(whole(point, direction, parameters, directions))
 
 
 def on_one_device(kind, wrap=lambda f: f):
     (x, dx, where, wy), (parameters, directions) = data(kind)
     found = {n: wrap(f) for n, f in losses(apply_normjax(None), wy, where, 1.0).items()}
-    return jax.jit(functools.partial(of_all, found))(x, dx, parameters, directions)
+    return jax.jit(functools.partial(of_all(kind), found))(
+        x, dx, parameters, directions
+    )
 
 
 def devices_of(context):
@@ -192,7 +205,7 @@ def inside(context, kind):
     def local(split, whole):
         (x, dx, where, wy), (parameters, directions) = split, whole
         every = losses(apply_normjax(c.names, groups), wy, where, 1 / size)
-        split, whole = of_all(
+        split, whole = of_all(kind)(
             every, x, dx, parameters, directions, collect=c.collect, share=1 / size
         )
         for name in whole:
@@ -217,7 +230,9 @@ def outside(context, kind):
         return c.run(local, (x, where, wy), parameters)[1]
 
     every = {n: functools.partial(loss, n) for n in FAMILY}
-    return jax.jit(functools.partial(of_all, every))(x, dx, parameters, directions)
+    return jax.jit(functools.partial(of_all(kind), every))(
+        x, dx, parameters, directions
+    )
 
 
 def by_sharding(axis_type, kind):
@@ -226,7 +241,9 @@ def by_sharding(axis_type, kind):
     with jax.set_mesh(mesh((8,), ("d",), axis_type)):
         x, dx, where, wy = sharded(split, axis_type)
         every = losses(apply_normjax(None), wy, where, 1.0)
-        return jax.jit(functools.partial(of_all, every))(x, dx, parameters, directions)
+        return jax.jit(functools.partial(of_all(kind), every))(
+            x, dx, parameters, directions
+        )
 
 
 def ensemble(kind):
@@ -236,7 +253,7 @@ def ensemble(kind):
     two = jax.tree.map(
         lambda a: jnp.stack([2 * a + 1, a]), (x, dx, parameters, directions)
     )
-    found = jax.jit(jax.vmap(functools.partial(of_all, every)))(*two)
+    found = jax.jit(jax.vmap(functools.partial(of_all(kind), every)))(*two)
     return jax.tree.map(lambda a: a[1], found)
 
 
@@ -247,7 +264,7 @@ def ensemble_of_shards(kind):
     def local(split, whole):
         (x, dx, where, wy), (parameters, directions) = split, whole
         every = losses(apply_normjax(c.names, groups), wy, where, 1 / DEVICES)
-        member = functools.partial(of_all, every, share=1 / DEVICES)
+        member = functools.partial(of_all(kind), every, share=1 / DEVICES)
         two = jax.tree.map(
             lambda a: jnp.stack([2 * a + 1, a]), (x, dx, parameters, directions)
         )
