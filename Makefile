@@ -30,8 +30,16 @@ format: $(DONE)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(DONE)
-	$(PY) benchmarks/run.py
+# The peers of the benchmark come with their first use; torch is installed by hand.
+# `make bench BENCH=--quick`, `make bench BENCH="--compare old.json"`.
+BENCH ?=
+PEERS := $(VENV)/.peers
+bench: $(PEERS)
+	$(PY) benchmarks/run.py $(BENCH)
+
+$(PEERS): $(DONE)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
 
 # Flax's own tests of norms, from a checkout of Flax, on normjax's modules.
 FLAX_TESTS := tests/linen/linen_test.py tests/nnx/nn/normalization_test.py

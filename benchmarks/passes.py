@@ -13,10 +13,10 @@ import math
 import statistics
 
 import cases
-import flax.linen
 import jax
 import jax.numpy as jnp
-import run
+import peers
+import timing
 
 FORMS = {
     "unsafe": ["sum x", "sum x²", "write y"],
@@ -51,17 +51,15 @@ def measure(case: cases.Case, rounds: int) -> list[str]:
     shape, axes = view(case)
     flat = x.reshape(shape)
     m = jnp.mean(flat, axes, keepdims=True)
-    module = run.module_of(flax.linen, case, x.dtype)
-    variables = module.init(jax.random.key(0), x)
-    forward = run.functions(module)["forward"]
+    params = {"scale": jnp.ones(case.features), "bias": jnp.zeros(case.features)}
+    running = {"mean": params["bias"], "var": params["scale"]}
+    running = running if case.norm == "batch" else {}
+    forward = peers.PEERS["flax"].build(case, x.dtype)
     functions = passes(axes) | {
-        "flax": lambda z, m: forward(variables, z.reshape(x.shape), None)
+        "flax": lambda z, m: forward(params, running, z.reshape(x.shape), True)
     }
-    programs = {
-        name: jax.jit(function).lower(flat, m).compile()
-        for name, function in functions.items()
-    }
-    times = run.interleaved(programs, (flat, m), rounds)
+    calls = {name: timing.compiled(f, flat, m).call for name, f in functions.items()}
+    times = timing.interleaved(calls, rounds)
     took = {name: statistics.median(seconds) for name, seconds in times.items()}
     least = [sum(took[n] for n in names) / took["flax"] for names in FORMS.values()]
     return [
@@ -76,20 +74,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     norms = sorted({case.norm for case in cases.SPEED} - {"rms"})
     parser.add_argument("--norm", action="append", choices=norms, help="default: all")
-    parser.add_argument("--allocator", default="keep", choices=run.ALLOCATORS)
+    parser.add_argument("--allocator", default="keep", choices=timing.ALLOCATORS)
     parser.add_argument("--rounds", type=int, default=41)
     args = parser.parse_args()
-    run.use_allocator(args.allocator)
+    timing.use_allocator(args.allocator)
     rows = [
         measure(case, args.rounds)
         for case in cases.SPEED
-        if case.norm in (args.norm or norms)
+        if case.norm in (args.norm or norms) and not case.small
     ]
     header = ["case", *(f"{name}, ms" for name in [*passes(()), "flax forward"])]
     header += [f"least of {name} / flax" for name in FORMS]
     about = cases.versions("jax", "flax") + f"; float32, {args.rounds} rounds"
     print(
-        f"{about}; allocator: {run.allocator()}", cases.table(header, rows), sep="\n\n"
+        f"{about}; allocator: {timing.allocator()}",
+        cases.table(header, rows),
+        sep="\n\n",
     )
 
 

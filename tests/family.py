@@ -50,8 +50,11 @@ class Norm:
     centered: bool = True
 
 
-def _wide(v):
-    return None if v is None else v[None, None, None, :]
+def _wide(v, over=1):
+    """Lays [C] along the last axis, or along the last and so many of the second."""
+    if v is None:
+        return None
+    return jnp.broadcast_to(v[None, None, None, :], (1, over, 1, v.shape[0]))
 
 
 FAMILY = {
@@ -64,8 +67,10 @@ FAMILY = {
     "layer": Norm(
         lambda x, s, b, w, n=None, g=None: normjax.layer_norm(
             x,
-            _wide(s),
-            _wide(b),
+            # With the moments these broadcast to all of x, as those of [C] do over
+            # the last axis alone.
+            _wide(s, x.shape[1]),
+            _wide(b, x.shape[1]),
             axis=(1, 3),
             where=w,
             axis_name=n,
@@ -77,7 +82,7 @@ FAMILY = {
     "rms": Norm(
         lambda x, s, b, w, n=None, g=None: normjax.rms_norm(
             x,
-            _wide(s),
+            _wide(s, x.shape[1]),
             axis=(1, 3),
             where=w,
             axis_name=n,
