@@ -1,5 +1,7 @@
 """The five norms as functions: formula, identities, shapes, dtypes, masks, edges."""
 
+import functools
+
 import family
 import jax
 import jax.numpy as jnp
@@ -123,6 +125,33 @@ def test_parameters_of_the_rank_of_x_adapt_by_sample():
     x, scale = normal((3, 5, 4)), normal((3, 1, 4), 1)
     want = normjax.instance_norm(x) * scale
     np.testing.assert_allclose(normjax.instance_norm(x, scale), want, atol=1e-6)
+
+
+@norms
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4, 2, 6), (3, 1, 2, 6), (1, 4, 1, 6)])
+def test_axes_of_size_one_change_nothing(norm, shape, masked):
+    """They are left out inside; values, gradients and moments are those of float64."""
+    x, (scale, bias) = normal(shape) * 3 + 1, parameters(6)
+    where = jax.random.bernoulli(jax.random.key(7), 0.7, shape) if masked else None
+    y = FAMILY[norm].call(x, scale, bias, where)
+    want = family.reference(FAMILY[norm], x, scale, bias, where)
+    # A set may be of few values, whose variance is small, or of one, whose is 0.
+    np.testing.assert_allclose(y, want, atol=2e-4)
+
+    def loss(f, x, scale, bias):
+        return (jnp.sin(f(x, scale, bias, where)) * normal(shape, 9)).sum()
+
+    ours, theirs = (
+        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(x, scale, bias)
+        for f in (
+            FAMILY[norm].call,
+            functools.partial(family.reference, FAMILY[norm]),
+        )
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        size = max(1.0, float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=2e-4 * size)
 
 
 # Weights and complex values.
