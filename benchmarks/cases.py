@@ -106,39 +106,35 @@ SPEED = [
     Case("instance", (2, 8, 8, 32), (1, 2), model="small"),
 ]
 
+
+def _of_shapes(*shapes: tuple[int, ...]) -> list[Case]:
+    """The cases of SPEED, of any norm, of these shapes."""
+    return [case for case in SPEED if case.shape in shapes]
+
+
 # What is measured in bfloat16 too: a shape of each norm, one of the small ones.
-BFLOAT16 = [
-    case
-    for case in SPEED
-    if case.shape
-    in {
-        (16, 197, 768),
-        (1, 1024, 4096),
-        (32, 28, 28, 128),
-        (2, 32, 32, 640),
-        (4, 64, 64, 128),
-        (8, 64),
-    }
-]
+BFLOAT16 = _of_shapes(
+    (16, 197, 768),
+    (1, 1024, 4096),
+    (32, 28, 28, 128),
+    (2, 32, 32, 640),
+    (4, 64, 64, 128),
+    (8, 64),
+)
 
 # Where a compiler that takes seconds for each shape is run: the first of each norm.
 COMPILED = [next(c for c in SPEED if c.norm == norm) for norm in ACCURACY]
 
 # What --quick measures: the smaller of the models' shapes, and two of the small ones.
-QUICK = [
-    case
-    for case in SPEED
-    if case.shape
-    in {
-        (16, 197, 768),
-        (1, 1024, 4096),
-        (32, 28, 28, 128),
-        (2, 32, 32, 640),
-        (8, 64, 64, 64),
-        (8, 64),
-        (4, 8, 8, 32),
-    }
-]
+QUICK = _of_shapes(
+    (16, 197, 768),
+    (1, 1024, 4096),
+    (32, 28, 28, 128),
+    (2, 32, 32, 640),
+    (8, 64, 64, 64),
+    (8, 64),
+    (4, 8, 8, 32),
+)
 
 
 def versions(*packages: str) -> str:

@@ -157,7 +157,10 @@ def join_groups(
 
 
 def sharded_like(where: jax.Array, x: jax.Array) -> jax.Array:
-    """Lays a mask over the devices as x lies: on an explicit mesh a select needs it."""
+    """Lays a mask or weights over the devices as x lies.
+
+    On an explicit mesh a select needs it.
+    """
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return where

@@ -246,12 +246,13 @@ def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...
         outside = sorted(set(members) - set(range(size)))
         faults = {"missing": missing, "twice": twice, "not there": outside}
         facts = "".join(f", {what}: {i}" for what, i in faults.items() if i)
+        halves = [list(range(size // 2)), list(range(size // 2, size))]
         raise error(
             ValueError,
             name,
             "axis_index_groups must name each device of axis_name once, and no group"
             " be empty",
             f"axis_index_groups={[list(g) for g in found]} for {size} devices{facts}",
-            f"Pass {[list(range(size // 2)), list(range(size // 2, size))]}, say",
+            f"Pass {[half for half in halves if half]}, say",
         )
     return found

@@ -228,7 +228,8 @@ def own(a: jax.Array, copy: int) -> jax.Array:
     of x and costs less to compute again. With a copy of the small operand for each, the
     expressions differ, and nothing of the size of x is stored. A copy of 1 / std also
     keeps its square root from being taken anew for each value, and the sums before it
-    out of the loop that writes y. Elsewhere barriers would only split fusions.
+    out of the loop that writes y. Elsewhere a barrier could split a fusion; none is
+    set.
     """
     if jax.default_backend() != "cpu":
         return a

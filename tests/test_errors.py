@@ -350,6 +350,22 @@ def test_sub_groups_that_do_not_divide_the_devices(name, groups, faults):
         jax.vmap(local, axis_name="d")(x[0, :4, None])
 
 
+def test_sub_groups_of_one_device():
+    """What it says to type must itself be right."""
+    message = (
+        "batch_norm: axis_index_groups must name each device of axis_name once, and no"
+        " group be empty. Got axis_index_groups=[[0, 1]] for 1 devices, not there: [1]."
+        " Pass [[0]], say."
+    )
+
+    def local(x, groups):
+        return normjax.batch_norm(x, axis_name="d", axis_index_groups=groups)[0]
+
+    with raises(ValueError, message):
+        jax.vmap(lambda x: local(x, [[0, 1]]), axis_name="d")(x[:1])
+    jax.vmap(lambda x: local(x, [[0]]), axis_name="d")(x[:1])
+
+
 def test_sub_group_that_is_empty():
     message = (
         "batch_norm: axis_index_groups must name each device of axis_name once, and no"
