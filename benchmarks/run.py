@@ -418,6 +418,7 @@ def text(report: dict) -> str:
         parts += ["- no peer is here, and without one a benchmark does not count"]
     parts += ["", cases.table(first, [cells(r, names) for r in report["rows"]]), ""]
     if report["networks"]:
+        parts += [steps.memory_table(report["memory"]), ""]
         parts += [steps.network_line(report["networks"]), ""]
     lines = [
         [b["name"], f"{b['value']:.2f}", f"{b['bar']}", "met" if b["ok"] else "MISSED"]
@@ -483,12 +484,12 @@ def main(argv: list[str] | None = None) -> dict:
         title = f"{case.norm} {list(case.shape)}, {dtype}"
         left_out += [f"{name}, {title}: {reason}" for name, reason in why.items()]
         print(".", end="", file=sys.stderr, flush=True)
-    networks = {}
+    networks, memory = {}, []
     if not args.norm:
         step_rows, why = steps.measure(args.quick)
         rows += step_rows
         left_out += why
-        networks = steps.networks(2 if args.quick else 5)
+        networks, memory = steps.networks(2 if args.quick else 5), steps.memory()
     print(file=sys.stderr)
     minutes = (time.perf_counter() - start) / 60
     about = cases.versions("jax", *peers.PACKAGES)
@@ -500,6 +501,7 @@ def main(argv: list[str] | None = None) -> dict:
         "left_out": left_out,
         "import_seconds": import_seconds(3 if args.quick else 7),
         "networks": networks,
+        "memory": memory,
         "rows": rows,
     }
     report["bars"] = bars(report)

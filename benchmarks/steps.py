@@ -82,20 +82,34 @@ class ResNetBlock(nn.Module):
         return nn.relu(x + y)
 
 
+def rematted(block: type, policy: Any) -> type:
+    """A block that keeps for its backward pass what a policy says, if there is one."""
+    return block if policy is None else nn.remat(block, policy=policy)
+
+
 class ResNet18(nn.Module):
-    """A ResNet-18, https://arxiv.org/abs/1512.03385."""
+    """A ResNet-18, https://arxiv.org/abs/1512.03385.
+
+    On images of 32 by 32 it starts with a small convolution and no pooling, as there.
+    """
 
     peer: peers.Peer
+    policy: Any = None
 
     @nn.compact
     def __call__(self, x):  # [N, H, W, 3]
         """Returns logits [N, 10]."""
-        x = nn.Conv(64, (7, 7), 2, use_bias=False)(x)
+        block = rematted(ResNetBlock, self.policy)
+        small = x.shape[1] <= 32
+        x = nn.Conv(64, (3, 3) if small else (7, 7), 1 if small else 2, use_bias=False)(
+            x
+        )
         x = nn.relu(Norm(self.peer, "batch")(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        if not small:
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for i, features in enumerate((64, 128, 256, 512)):
-            x = ResNetBlock(self.peer, features, 1 if i == 0 else 2)(x)
-            x = ResNetBlock(self.peer, features, 1)(x)
+            x = block(self.peer, features, 1 if i == 0 else 2)(x)
+            x = block(self.peer, features, 1)(x)
         return nn.Dense(10)(x.mean((1, 2)))
 
 
@@ -117,10 +131,28 @@ class ViT(nn.Module):
         return nn.Dense(10)(Norm(self.peer, "layer")(x).mean(1))
 
 
+class DecoderBlock(nn.Module):
+    """A layer of a decoder."""
+
+    peer: peers.Peer
+
+    @nn.compact
+    def __call__(self, x, mask):  # [N, T, C]
+        """Adds attention to x, and a gated unit."""
+        y = Norm(self.peer, "rms")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=6, use_bias=False)(
+            y, mask=mask
+        )
+        y = Norm(self.peer, "rms")(x)
+        y = nn.silu(nn.Dense(1024, use_bias=False)(y)) * nn.Dense(1024)(y)
+        return x + nn.Dense(384, use_bias=False)(y)
+
+
 class Decoder(nn.Module):
     """Four layers of a decoder of rms norms and gated units."""
 
     peer: peers.Peer
+    policy: Any = None
 
     @nn.compact
     def __call__(self, tokens):  # [N, T]
@@ -128,14 +160,7 @@ class Decoder(nn.Module):
         x = nn.Embed(1024, 384)(tokens)
         mask = nn.make_causal_mask(tokens)
         for _ in range(4):
-            y = Norm(self.peer, "rms")(x)
-            y = nn.MultiHeadDotProductAttention(num_heads=6, use_bias=False)(
-                y, mask=mask
-            )
-            x = x + y
-            y = Norm(self.peer, "rms")(x)
-            y = nn.silu(nn.Dense(1024, use_bias=False)(y)) * nn.Dense(1024)(y)
-            x = x + nn.Dense(384, use_bias=False)(y)
+            x = rematted(DecoderBlock, self.policy)(self.peer)(x, mask)
         return nn.Dense(1024, use_bias=False)(Norm(self.peer, "rms")(x))
 
 
@@ -162,7 +187,10 @@ MODELS = {
     "ViT": (ViT, (2, 224, 224, 3)),
     "U-Net block": (UNetBlock, (2, 32, 32, 192)),
 }
-NEED_MEMORY = ("ResNet-18", "decoder")  # their temporaries have a bar
+QUICK = ("ResNet-18", "decoder")
+# Batches whose activations, and not the parameters, are what a step needs memory for.
+# They are compiled and not run.
+NEED_MEMORY = {"ResNet-18": (64, 32, 32, 3), "decoder": (8, 256)}
 STEP_PEERS = ("flax", "haiku", "equinox", "keras", "jax.nn")
 
 
@@ -196,6 +224,47 @@ def _program(model: nn.Module, variables: Any, x: jax.Array) -> timing.Program:
     return timing.compiled(step, variables, optimizer.init(variables["params"]), x)
 
 
+def _start(model: nn.Module, shape: tuple[int, ...]) -> tuple[Any, jax.Array]:
+    """Draws variables, the same numbers whatever the peer, and an input."""
+    key = jax.random.key(0)
+    tokens = len(shape) == 2
+    x = jax.random.randint(key, shape, 0, 1024) if tokens else None
+    x = jax.random.normal(key, shape) if x is None else x
+    return jax.jit(model.init)(key, x), x
+
+
+def memory() -> list[dict]:
+    """The temporaries of a step, in bytes: Flax's, normjax's, and with its policy."""
+    rows = []
+    for title, shape in NEED_MEMORY.items():
+        model, _ = MODELS[title]
+        flax = peers.PEERS["flax"]
+        of = {
+            "flax": model(flax),
+            "normjax": model(peers.NORMJAX),
+            "flax, remat_policy": model(flax, normjax.remat_policy),
+            "normjax, remat_policy": model(peers.NORMJAX, normjax.remat_policy),
+        }
+        found = {n: _program(m, *_start(m, shape)).temporary for n, m in of.items()}
+        rows.append({"case": f"{title} {list(shape)}", "of": found})
+    return rows
+
+
+def memory_table(rows: list[dict]) -> str:
+    """Writes what `memory` found, in MiB and over Flax's."""
+    names = list(rows[0]["of"])
+    lines = [
+        [
+            row["case"],
+            *(f"{row['of'][n] / 2**20:.1f}" for n in names),
+            *(f"{row['of'][n] / row['of']['flax']:.2f}" for n in names[1:]),
+        ]
+        for row in rows
+    ]
+    header = ["temporaries of a step, MiB", *names, *(f"{n} / flax" for n in names[1:])]
+    return cases.table(header, lines)
+
+
 def differs(got: Any, want: Any) -> str:
     """Names how far a step of a peer is from normjax's, or nothing.
 
@@ -219,14 +288,9 @@ def measure(quick: bool) -> tuple[list[dict], list[str]]:
     contenders = {"normjax": peers.NORMJAX}
     contenders |= {name: peers.PEERS[name] for name in names if name in peers.PEERS}
     rows, left_out = [], []
-    for title in NEED_MEMORY if quick else MODELS:
+    for title in QUICK if quick else MODELS:
         model, shape = MODELS[title]
-        key = jax.random.key(0)
-        tokens = len(shape) == 2
-        x = jax.random.randint(key, shape, 0, 1024) if tokens else None
-        x = jax.random.normal(key, shape) if x is None else x
-        # Whatever the peer, the variables are the same numbers.
-        variables = jax.jit(model(peers.NORMJAX).init)(key, x)
+        variables, x = _start(model(peers.NORMJAX), shape)
         programs, want = {}, None
         for name, peer in contenders.items():
             if peer.channels_first and title in ("ResNet-18", "U-Net block"):
@@ -311,13 +375,11 @@ def network_line(found: dict[str, dict]) -> str:
 def bars(report: dict) -> list[dict]:
     """How memory, tracing and compiling stand to the bars."""
     found = []
-    for row in report["rows"]:
-        if row["pass"] == "step" and row["model"] in NEED_MEMORY:
-            ours, flax = (row["of"].get(n, {}) for n in ("normjax", "flax"))
-            if ours.get("temporary") is not None and flax.get("temporary"):
-                value = ours["temporary"] / flax["temporary"]
-                name = f"{row['model']} step, temporaries / flax's"
-                found.append({"name": name, "value": value, "bar": 0.6})
+    for row in report["memory"]:
+        for ours in ("normjax", "normjax, remat_policy"):
+            value = row["of"][ours] / row["of"]["flax"]
+            name = f"{row['case']} step, temporaries, {ours} / flax"
+            found.append({"name": name, "value": value, "bar": 0.6})
     for what, of in report["networks"].items():
         name = f"fifty norms, {what} / flax"
         found.append({"name": name, "value": of["ratio"], "bar": 1.1})
@@ -331,7 +393,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     rows, left_out = measure(args.quick)
-    found = networks(2 if args.quick else 5)
+    found, of_memory = networks(2 if args.quick else 5), memory()
     print(cases.versions("jax", *peers.PACKAGES))
     print(*(f"- not timed: {line}" for line in left_out), sep="\n")
     header = ["step", "of", "ms", "normjax / it", "temporaries, MiB", "compile s"]
@@ -347,7 +409,8 @@ def main() -> None:
         for row in rows
         for name, of in row["of"].items()
     ]
-    print(cases.table(header, lines), network_line(found), sep="\n\n")
+    tables = cases.table(header, lines), memory_table(of_memory), network_line(found)
+    print(*tables, sep="\n\n")
     print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -98,6 +98,28 @@ def output_dtype(name: str, dtype: Any, operands: dict[str, Any]) -> Any:
     return dtype
 
 
+def activated(name: str, activation: Any, y: jax.Array) -> jax.Array:
+    """Returns ``activation(y)``; refuses what does not work element by element."""
+    if not callable(activation):
+        raise error(
+            TypeError,
+            name,
+            "activation must be a function of y",
+            f"activation={activation!r}",
+            "Pass jax.nn.silu, say",
+        )
+    z = activation(y)
+    if jnp.shape(z) != y.shape:
+        raise error(
+            ValueError,
+            name,
+            "activation must work element by element, and return the shape of y",
+            f"a result of shape {jnp.shape(z)}, y.shape={y.shape}",
+            "Apply what changes the shape to what the norm returns",
+        )
+    return z
+
+
 def epsilon(name: str, value: Any, dtype: Any) -> float:
     """Returns ``value`` as a float that is above zero in ``dtype``."""
     if not isinstance(value, numbers.Real) and not is_concrete(value):

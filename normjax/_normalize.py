@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from normjax import _axes, _check, _moments
@@ -27,6 +28,11 @@ from normjax._moments import (
     weighed,
     widened,
 )
+
+# The name of the moments that a norm keeps for its backward pass. A policy of
+# jax.checkpoint that saves them has no sum to take again, and nothing to send again
+# between devices, when it computes y anew.
+MOMENTS = "norm_moments"
 
 
 def _rstd(var: jax.Array, epsilon: float) -> jax.Array:
@@ -79,7 +85,10 @@ def _standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any
 
 def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     x, scale, bias, where = primals
-    y, m = _standardize(x, scale, bias, where, r, epsilon, dtype)
+    # The moments first, and y from them as named, so that y does not want them anew.
+    m = _standardize(x, None, None, where, r, epsilon, dtype)[1]
+    m = checkpoint_name(m, MOMENTS)
+    y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
     *tangents, where_dot = tangents
     # The tangent of weights that are not differentiated costs nothing; masks have none.
     weights = where is not None and where.dtype != jnp.bool_

@@ -1,5 +1,6 @@
 """Batch, layer, rms, group and instance norm: choose axes, call standardize."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,10 +8,28 @@ import jax.numpy as jnp
 
 from normjax import _axes, _check, _moments
 from normjax._moments import Moments, Reduction
-from normjax._normalize import normalize, standardize
+from normjax._normalize import MOMENTS, normalize, standardize
 
 
-def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype):
+def _activated(name: str, norm: Callable, activation: Callable | None) -> Callable:
+    """Returns ``norm(where, *operands) -> y, moments`` with y activated.
+
+    For the backward pass y is computed again, from x and from the moments, which are
+    kept by their name.
+    """
+    if activation is None:
+        return norm
+
+    def f(where, *operands):
+        y, m = norm(where, *operands)
+        return _moments.counted(_check.activated(name, activation, y), where), m
+
+    return jax.checkpoint(
+        f, policy=jax.checkpoint_policies.save_only_these_names(MOMENTS)
+    )
+
+
+def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype, activation):
     """Checks what all norms have in common, and standardizes."""
     where = _check.where(name, where, x.shape)
     scale = _axes.lay(name, "scale", scale, along, x.shape)
@@ -20,17 +39,23 @@ def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype):
     epsilon = _check.epsilon(name, epsilon, _moments.statistics_dtype(x, dtype))
     # XLA of jax 0.10 on a CPU sums several times slower past an axis of size 1.
     units = tuple(a for a, n in enumerate(x.shape) if n == 1 and a not in r.group_axes)
-    if not units or len(units) == x.ndim:
-        return standardize(x, scale, bias, where, r, epsilon, dtype)
+    if len(units) == x.ndim:
+        units = ()
     kept = _axes.others(units, x.ndim)
     r = r._replace(
         axes=tuple(kept.index(a) for a in r.axes if a in kept),
         group_axes=tuple(kept.index(a) for a in r.group_axes),
     )
-    operands = (x, scale, bias, where)
+
+    def norm(where, x, scale, bias):
+        return standardize(x, scale, bias, where, r, epsilon, dtype)
+
+    operands = (where, x, scale, bias)
     squeezed = (None if a is None else jnp.squeeze(a, units) for a in operands)
-    y, m = standardize(*squeezed, r, epsilon, dtype)
-    return jax.tree.map(lambda a: jnp.expand_dims(a, units), (y, m))
+    y, m = _activated(name, norm, activation)(*squeezed)
+    return (
+        jax.tree.map(lambda a: jnp.expand_dims(a, units), (y, m)) if units else (y, m)
+    )
 
 
 def batch_norm(
@@ -45,6 +70,7 @@ def batch_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: Any = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes each feature over the batch and space.
 
@@ -68,6 +94,8 @@ def batch_norm(
       axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
         sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+      activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
+        applied to is not kept for the backward pass, but computed again.
 
     Returns:
       y, of the shape of ``x``, and the `Moments` that normalized it, ``[C]``.
@@ -92,20 +120,34 @@ def batch_norm(
         axis_name = axis_index_groups = None
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     if moments is not None:
-        y = normalize(
-            x,
-            moments,
-            scale,
-            bias,
-            epsilon=epsilon,
-            feature_axis=along,
-            where=where,
-            dtype=dtype,
-        )
-        return y, moments
+
+        def given(where, x, scale, bias):
+            y = normalize(
+                x,
+                moments,
+                scale,
+                bias,
+                epsilon=epsilon,
+                feature_axis=along,
+                where=where,
+                dtype=dtype,
+            )
+            return y, moments
+
+        where = _check.where(name, where, x.shape)
+        return _activated(name, given, activation)(where, x, scale, bias)
     r = Reduction(_axes.others(along, x.ndim), names=names, groups=groups)
     y, m = _norm(
-        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+        name,
+        x,
+        scale,
+        bias,
+        along,
+        r,
+        epsilon=epsilon,
+        where=where,
+        dtype=dtype,
+        activation=activation,
     )
     return y, jax.tree.map(lambda a: _axes.features_of(a, along), m)
 
@@ -121,6 +163,7 @@ def layer_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: Any = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each sample over its features.
 
@@ -141,6 +184,8 @@ def layer_norm(
       axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
         sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+      activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
+        applied to is not kept for the backward pass, but computed again.
 
     Returns:
       y, of the shape of ``x``.
@@ -161,7 +206,16 @@ def layer_norm(
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     r = Reduction(along, names=names, groups=groups)
     return _norm(
-        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+        name,
+        x,
+        scale,
+        bias,
+        along,
+        r,
+        epsilon=epsilon,
+        where=where,
+        dtype=dtype,
+        activation=activation,
     )[0]
 
 
@@ -175,6 +229,7 @@ def rms_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: Any = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Divides each sample by the root of the mean square of its features.
 
@@ -194,6 +249,8 @@ def rms_norm(
       axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
         sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+      activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
+        applied to is not kept for the backward pass, but computed again.
 
     Returns:
       y, of the shape of ``x``.
@@ -214,7 +271,16 @@ def rms_norm(
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     r = Reduction(along, names=names, groups=groups, centered=False)
     return _norm(
-        name, x, scale, None, along, r, epsilon=epsilon, where=where, dtype=dtype
+        name,
+        x,
+        scale,
+        None,
+        along,
+        r,
+        epsilon=epsilon,
+        where=where,
+        dtype=dtype,
+        activation=activation,
     )[0]
 
 
@@ -231,6 +297,7 @@ def group_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: Any = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each sample over space and over groups of its features.
 
@@ -255,6 +322,8 @@ def group_norm(
       axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
         sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+      activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
+        applied to is not kept for the backward pass, but computed again.
 
     Returns:
       y, of the shape of ``x``.
@@ -278,7 +347,16 @@ def group_norm(
     space = _axes.space(name, axis, along, x.ndim)
     r = Reduction(space, along, num_groups, names, groups)
     return _norm(
-        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+        name,
+        x,
+        scale,
+        bias,
+        along,
+        r,
+        epsilon=epsilon,
+        where=where,
+        dtype=dtype,
+        activation=activation,
     )[0]
 
 
@@ -294,6 +372,7 @@ def instance_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: Any = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each feature of each sample over space.
 
@@ -316,6 +395,8 @@ def instance_norm(
       axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
         sync each their own. None: all devices together.
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
+      activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
+        applied to is not kept for the backward pass, but computed again.
 
     Returns:
       y, of the shape of ``x``.
@@ -338,5 +419,14 @@ def instance_norm(
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     r = Reduction(_axes.space(name, axis, along, x.ndim), names=names, groups=groups)
     return _norm(
-        name, x, scale, bias, along, r, epsilon=epsilon, where=where, dtype=dtype
+        name,
+        x,
+        scale,
+        bias,
+        along,
+        r,
+        epsilon=epsilon,
+        where=where,
+        dtype=dtype,
+        activation=activation,
     )[0]

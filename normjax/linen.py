@@ -5,6 +5,7 @@ variables are Flax's. What differs is deliberate: the variance is always the saf
 devices are weighted by what they count, outputs and gradients are zero under the mask.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -12,9 +13,17 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Axes, Dtype, Initializer
 
-from normjax import _axes, _check, _module, _norms
+from normjax import _axes, _check, _fused, _module, _norms
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+]
 
 _ones = nn.initializers.ones
 _zeros = nn.initializers.zeros
@@ -42,6 +51,7 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
         "epsilon": module.epsilon,
         "where": _module.flax_mask(name, mask, x.shape, module.mask_is_weight),
         "dtype": dtype,
+        "activation": module.activation,
         **_module.devices(module, module.is_initializing()),
     }
 
@@ -112,6 +122,8 @@ class BatchNorm(nn.Module):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -144,6 +156,7 @@ class BatchNorm(nn.Module):
     running_variance: Literal["biased", "unbiased"] = "biased"
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(
@@ -218,6 +231,8 @@ class LayerNorm(nn.Module):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -243,6 +258,7 @@ class LayerNorm(nn.Module):
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -265,6 +281,41 @@ class LayerNorm(nn.Module):
             ),
             **_arguments(self, x, axes, mask),
         )
+
+
+class AddLayerNorm(LayerNorm):
+    """Adds a residual, and normalizes the sum, as a LayerNorm does.
+
+    Fields and variables are those of `LayerNorm`. See `normjax.add_layer_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import linen
+      >>> x, residual = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, -2.0]])
+      >>> norm = linen.AddLayerNorm()
+      >>> (y, h), variables = norm.init_with_output(jax.random.key(0), x, residual)
+      >>> h
+      Array([[ 2., -2.]], dtype=float32)
+    """
+
+    def __call__(  # type: ignore[override]
+        self, x: Any, residual: Any, *, mask: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds ``residual`` to ``x``, and normalizes the sum.
+
+        Args:
+          x: ``[..., C]``, floating or complex: what a block returned.
+          residual: of the shape of ``x``: what it is added to.
+          mask: as in `LayerNorm`; the sum is taken everywhere.
+
+        Returns:
+          The output, and the sum, the residual of the next block.
+
+        Raises:
+          ValueError: if the shapes of x and residual differ.
+        """
+        h = _fused.total("AddLayerNorm", x, residual)
+        return super().__call__(h, mask=mask), h
 
 
 class RMSNorm(nn.Module):
@@ -290,6 +341,8 @@ class RMSNorm(nn.Module):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -313,6 +366,7 @@ class RMSNorm(nn.Module):
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -335,6 +389,41 @@ class RMSNorm(nn.Module):
             ),
             **_arguments(self, x, axes, mask),
         )
+
+
+class AddRMSNorm(RMSNorm):
+    """Adds a residual, and normalizes the sum, as a RMSNorm does.
+
+    Fields and variables are those of `RMSNorm`. See `normjax.add_rms_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import linen
+      >>> x, residual = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, -2.0]])
+      >>> norm = linen.AddRMSNorm()
+      >>> (y, h), variables = norm.init_with_output(jax.random.key(0), x, residual)
+      >>> h
+      Array([[ 2., -2.]], dtype=float32)
+    """
+
+    def __call__(  # type: ignore[override]
+        self, x: Any, residual: Any, *, mask: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds ``residual`` to ``x``, and normalizes the sum.
+
+        Args:
+          x: ``[..., C]``, floating or complex: what a block returned.
+          residual: of the shape of ``x``: what it is added to.
+          mask: as in `RMSNorm`; the sum is taken everywhere.
+
+        Returns:
+          The output, and the sum, the residual of the next block.
+
+        Raises:
+          ValueError: if the shapes of x and residual differ.
+        """
+        h = _fused.total("AddRMSNorm", x, residual)
+        return super().__call__(h, mask=mask), h
 
 
 class GroupNorm(nn.Module):
@@ -364,6 +453,8 @@ class GroupNorm(nn.Module):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -390,6 +481,7 @@ class GroupNorm(nn.Module):
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
@@ -440,6 +532,8 @@ class InstanceNorm(nn.Module):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -465,6 +559,7 @@ class InstanceNorm(nn.Module):
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:

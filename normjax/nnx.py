@@ -6,7 +6,7 @@ gradients are zero under the mask.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,9 +16,17 @@ from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 
-from normjax import _axes, _check, _module, _norms
+from normjax import _axes, _check, _fused, _module, _norms
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+]
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 _promote = promote_dtype
@@ -39,6 +47,7 @@ class _Norm(nnx.Module):
     promote_dtype: PromoteDtypeFn
     missing_axis: str
     mask_is_weight: bool
+    activation: Callable[[jax.Array], jax.Array] | None
 
     def _create(
         self, *, num_features: int, rngs: nnx.Rngs, param_dtype: Dtype, **fields: Any
@@ -87,6 +96,7 @@ class _Norm(nnx.Module):
             "epsilon": self.epsilon,
             "where": _module.flax_mask(name, mask, x.shape, self.mask_is_weight),
             "dtype": y.dtype,
+            "activation": self.activation,
             **_module.devices(self),
         }
 
@@ -136,6 +146,8 @@ class BatchNorm(_Norm):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -186,6 +198,7 @@ class BatchNorm(_Norm):
         running_variance: Literal["biased", "unbiased"] = "biased",
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
@@ -298,6 +311,8 @@ class LayerNorm(_Norm):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -334,6 +349,7 @@ class LayerNorm(_Norm):
         scale_metadata: Mapping[str, Any] = _NO_METADATA,
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
@@ -354,6 +370,41 @@ class LayerNorm(_Norm):
             "LayerNorm", self.reduction_axes, x.ndim, "reduction_axes"
         )
         return _norms.layer_norm(x, axis=reduced, **self._arguments(x, axes, mask))
+
+
+class AddLayerNorm(LayerNorm):
+    """Adds a residual, and normalizes the sum, as a LayerNorm does.
+
+    Fields and variables are those of `LayerNorm`. See `normjax.add_layer_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import nnx
+      >>> x, residual = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, -2.0]])
+      >>> from flax.nnx import Rngs
+      >>> y, h = nnx.AddLayerNorm(2, rngs=Rngs(0))(x, residual)
+      >>> h
+      Array([[ 2., -2.]], dtype=float32)
+    """
+
+    def __call__(  # type: ignore[override]
+        self, x: Any, residual: Any, *, mask: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds ``residual`` to ``x``, and normalizes the sum.
+
+        Args:
+          x: ``[..., C]``, floating or complex: what a block returned.
+          residual: of the shape of ``x``: what it is added to.
+          mask: as in `LayerNorm`; the sum is taken everywhere.
+
+        Returns:
+          The output, and the sum, the residual of the next block.
+
+        Raises:
+          ValueError: if the shapes of x and residual differ.
+        """
+        h = _fused.total("AddLayerNorm", x, residual)
+        return super().__call__(h, mask=mask), h
 
 
 class RMSNorm(_Norm):
@@ -383,6 +434,8 @@ class RMSNorm(_Norm):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -415,6 +468,7 @@ class RMSNorm(_Norm):
         scale_metadata: Mapping[str, Any] = _NO_METADATA,
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
@@ -435,6 +489,41 @@ class RMSNorm(_Norm):
             "RMSNorm", self.reduction_axes, x.ndim, "reduction_axes"
         )
         return _norms.rms_norm(x, axis=reduced, **self._arguments(x, axes, mask))
+
+
+class AddRMSNorm(RMSNorm):
+    """Adds a residual, and normalizes the sum, as a RMSNorm does.
+
+    Fields and variables are those of `RMSNorm`. See `normjax.add_rms_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import nnx
+      >>> x, residual = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, -2.0]])
+      >>> from flax.nnx import Rngs
+      >>> y, h = nnx.AddRMSNorm(2, rngs=Rngs(0))(x, residual)
+      >>> h
+      Array([[ 2., -2.]], dtype=float32)
+    """
+
+    def __call__(  # type: ignore[override]
+        self, x: Any, residual: Any, *, mask: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds ``residual`` to ``x``, and normalizes the sum.
+
+        Args:
+          x: ``[..., C]``, floating or complex: what a block returned.
+          residual: of the shape of ``x``: what it is added to.
+          mask: as in `RMSNorm`; the sum is taken everywhere.
+
+        Returns:
+          The output, and the sum, the residual of the next block.
+
+        Raises:
+          ValueError: if the shapes of x and residual differ.
+        """
+        h = _fused.total("AddRMSNorm", x, residual)
+        return super().__call__(h, mask=mask), h
 
 
 class GroupNorm(_Norm):
@@ -469,6 +558,8 @@ class GroupNorm(_Norm):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -507,6 +598,7 @@ class GroupNorm(_Norm):
         scale_metadata: Mapping[str, Any] = _NO_METADATA,
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         num_groups = _module.flax_groups(num_groups, group_size, (num_features,))
         num_groups = _axes.divide(
@@ -565,6 +657,8 @@ class InstanceNorm(_Norm):
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,
         instead of being read as boolean.
+      activation: applied to the output, element by element, ``jax.nn.silu``, say. What
+        it is applied to is not kept for the backward pass, but computed again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -601,6 +695,7 @@ class InstanceNorm(_Norm):
         scale_metadata: Mapping[str, Any] = _NO_METADATA,
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import normjax.linen
 import normjax.nnx
 
-NAMES = normjax.linen.__all__
+# The modules that Flax has too.
+NAMES = [n for n in normjax.linen.__all__ if not n.startswith("Add")]
 
 
 class Linen:

@@ -95,7 +95,7 @@ def test_report_has_its_fields(monkeypatch, tmp_path):
         x = row["x_bytes"]
         assert x < row["of"]["normjax"]["kept"] < 1.5 * x < row["of"]["flax"]["kept"]
     about = {"about": "here", "absent": {"haiku": "why"}, "left_out": ["keras: why"]}
-    whole = about | {"rows": rows, "networks": {}, "import_seconds": 0.2}
+    whole = about | {"rows": rows, "networks": {}, "memory": [], "import_seconds": 0.2}
     words = run.text(json.loads(json.dumps(whole)))
     for part in ("absent: haiku: why", "not timed: keras: why", "| layer [8, 64] |"):
         assert part in words

@@ -62,9 +62,9 @@ def test_arguments_are_flaxs(name):
                         "debias",
                         "running_variance",
                     ),
-                    *("missing_axis", "mask_is_weight"),
+                    *("missing_axis", "mask_is_weight", "activation"),
                 },
-                ("__init__", False): {"missing_axis", "mask_is_weight"},
+                ("__init__", False): {"missing_axis", "mask_is_weight", "activation"},
                 ("__call__", True): {"momentum"},
                 ("__call__", False): set(),
             }[method, name == "BatchNorm"]

@@ -20,11 +20,11 @@ from family import tolerance
 from flax import nnx
 from jax import export
 from jax.sharding import PartitionSpec as P
+from systems import NAMES
 
 import normjax.linen
 import normjax.nnx
 
-NAMES = normjax.linen.__all__
 FEATURES = 4
 FIELDS = {"BatchNorm": {"momentum": 0.5}, "GroupNorm": {"num_groups": 2}}
 KEY = jax.random.key(0)
