@@ -110,30 +110,30 @@ def lay(
     )
 
 
-def divide(name: str, num_groups: Any, features: tuple[int, ...], shape: Any) -> int:
-    """Returns ``num_groups`` if it divides the features of an x of ``shape``."""
-    size = math.prod(features)
-    if not hasattr(num_groups, "__index__") or isinstance(num_groups, bool):
+def divisor(name: str, what: str, value: Any, axes: Any, of: str, shape: Any) -> int:
+    """Returns ``value``, called ``what``, if it divides the size of ``axes`` of x."""
+    size = math.prod(shape[a] for a in axes)
+    if not hasattr(value, "__index__") or isinstance(value, bool):
         raise _check.error(
             TypeError,
             name,
-            "num_groups must be an integer",
-            f"num_groups={num_groups!r}",
-            "Pass num_groups=32, say",
+            f"{what} must be an integer",
+            f"{what}={value!r}",
+            f"Pass {what}=32, say",
         )
-    if num_groups < 1 or size % num_groups:
+    if value < 1 or size % value:
         divisors = [d for d in range(1, size + 1) if size % d == 0]
-        below = [d for d in divisors if d < num_groups][-1:]
-        above = [d for d in divisors if d > num_groups][:1]
-        nearest = " or ".join(map(str, below + above)) or "none, there are no features"
+        below = [d for d in divisors if d < value][-1:]
+        above = [d for d in divisors if d > value][:1]
+        nearest = " or ".join(map(str, below + above)) or f"none, there are no {of}"
         raise _check.error(
             ValueError,
             name,
-            "num_groups must divide the number of features",
-            f"num_groups={num_groups}, x.shape={shape}",
+            f"{what} must divide the number of {of}",
+            f"{what}={value}, x.shape={shape}",
             f"Nearest: {nearest}",
         )
-    return int(num_groups)
+    return int(value)
 
 
 def split_groups(a: jax.Array, axes: tuple[int, ...], num_groups: int) -> jax.Array:

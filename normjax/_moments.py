@@ -236,7 +236,12 @@ def own(a: jax.Array, copy: int) -> jax.Array:
     # XLA merges barriers of one operand: each copy is a barrier around the one before.
     for _ in range(copy):
         a = lax.optimization_barrier(a)
-    return a
+    if a.shape[-1] == 1:
+        return a
+    # What makes an array that lies along the last axis would be computed anew for each
+    # value there, in spite of the barrier. Divisions are what XLA leaves out of loops.
+    ones = lax.optimization_barrier(jnp.ones(a.shape, jnp.finfo(a.dtype).dtype))
+    return by_parts(lambda part: part / ones, a)
 
 
 def counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -282,7 +287,7 @@ def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Mom
         )
         m = merge(members, -1)
     if r.names:
-        m = _across_devices(m, r, even=where is None)
+        m = across_devices(m, r, even=where is None)
     if r.group_axes:
         shape = tuple(1 if a in r.axes else n for a, n in enumerate(x.shape))
         m = jax.tree.map(lambda a: _axes.join_groups(a, r.group_axes, shape), m)
@@ -400,7 +405,7 @@ def _join_limbs(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     return count, low - (count - high)
 
 
-def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
+def across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
     """Merges the moments of all devices along r.names, or of those in one's group.
 
     Exactly, where a plain psum of (count, sum, sum of squares) would be as unsafe as
@@ -416,9 +421,7 @@ def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
     buffer = _packed(fields)[None]
     if size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES:
         return _across_devices_twice(m, r, even)
-    rows = lax.psum(
-        _alone(buffer, _row(lax.axis_index(r.names), size, buffer)), r.names
-    )
+    rows = gathered(buffer[0], r.names)
     mean, rest, var, *counts = _unpacked(rows, fields, axis=1)
     if even:
         counts = [jnp.broadcast_to(a, var.shape) for a in (m.count, m.carry)]
@@ -432,7 +435,7 @@ def _across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
 
 
 def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
-    """`_across_devices` for large moments: first means, then distances from them."""
+    """`across_devices` for large moments: first means, then distances from them."""
     (total,), count, carry = _sums([product(m.count, m.mean)], m, r, even)
     mean = _fixed(divided(total, count))
     off = (m.mean - mean) + m.rest
@@ -479,6 +482,16 @@ def _row(index: jax.Array, size: int, like: jax.Array) -> jax.Array:
     """Marks one row of so many, to broadcast against arrays of rows."""
     mine = jnp.arange(size, dtype=jnp.int32) == index
     return mine.reshape(size, *(1 for _ in like.shape[1:]))
+
+
+def gathered(a: jax.Array, names: tuple) -> jax.Array:
+    """Gathers an array of each device into rows that all of them have, in one psum.
+
+    An all-gather would not be typed as replicated.
+    """
+    a = a[None]
+    mine = _row(lax.axis_index(names), lax.axis_size(names), a)
+    return lax.psum(_alone(a, mine), names)
 
 
 def _alone(a: jax.Array, rows: jax.Array) -> jax.Array:

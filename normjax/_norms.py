@@ -67,6 +67,7 @@ def batch_norm(
     epsilon: float = 1e-5,
     where: Any = None,
     moments: Moments | None = None,
+    virtual_batch_size: int | None = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: Any = None,
@@ -89,6 +90,10 @@ def batch_norm(
         multiplied by a weight elsewhere.
       moments: moments ``[C]`` to normalize by instead of those of ``x``: those of
         `RunningMoments.read`, say. They count as independent of ``x``.
+      virtual_batch_size: how many neighbours along the batch, the first axis that is
+        not a feature axis, are normalized by moments of their own: ghost batches,
+        https://arxiv.org/abs/1705.08741. The moments returned are those of all of them,
+        and of all devices of ``axis_name``. None: the whole batch together.
       axis_name: device axes, one or several, to sync the moments over, weighted by
         count. Under jit over sharded arrays they are synced without it.
       axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
@@ -103,7 +108,7 @@ def batch_norm(
     Raises:
       TypeError: if an argument is an integer, or complex and y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
-        do not fit.
+        do not fit, or ``virtual_batch_size`` does not divide the batch.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -136,20 +141,43 @@ def batch_norm(
 
         where = _check.where(name, where, x.shape)
         return _activated(name, given, activation)(where, x, scale, bias)
+    common = {"epsilon": epsilon, "dtype": dtype, "activation": activation}
     r = Reduction(_axes.others(along, x.ndim), names=names, groups=groups)
-    y, m = _norm(
-        name,
-        x,
-        scale,
-        bias,
-        along,
-        r,
-        epsilon=epsilon,
-        where=where,
-        dtype=dtype,
-        activation=activation,
-    )
+    if virtual_batch_size is not None:
+        return _ghosts(
+            name, x, scale, bias, along, r, virtual_batch_size, where, **common
+        )
+    y, m = _norm(name, x, scale, bias, along, r, where=where, **common)
     return y, jax.tree.map(lambda a: _axes.features_of(a, along), m)
+
+
+def _ghosts(name, x, scale, bias, along, r, size, where, **common):
+    """`batch_norm` of ghost batches: an axis more, that is not reduced."""
+    batch, *_ = _axes.others(along, x.ndim)
+    size = _axes.divisor(name, "virtual_batch_size", size, (batch,), "samples", x.shape)
+
+    def fold(a):  # N -> (N / size, size)
+        if a is None:
+            return None
+        whole = a.shape[batch] == x.shape[batch]
+        ghosts = (x.shape[batch] // size, size) if whole else (1, 1)
+        return a.reshape(*a.shape[:batch], *ghosts, *a.shape[batch + 1 :])
+
+    scale, bias = (
+        fold(_axes.lay(name, k, a, along, x.shape))
+        for k, a in (("scale", scale), ("bias", bias))
+    )
+    where = fold(_check.where(name, where, x.shape))
+    features = tuple(a + (a > batch) for a in along)
+    over = _axes.others((batch, *features), x.ndim + 1)
+    y, m = _norm(
+        name, fold(x), scale, bias, features, Reduction(over), where=where, **common
+    )
+    m = _moments.merge(m, batch)
+    if r.names:
+        m = _moments.across_devices(m, r, even=where is None)
+    m = jax.tree.map(lambda a: _axes.features_of(a, features), m)
+    return y.reshape(x.shape), m
 
 
 def layer_norm(
@@ -341,8 +369,9 @@ def group_norm(
     name = "group_norm"
     x = _check.inexact(name, x)
     along = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
-    features = tuple(x.shape[a] for a in along)
-    num_groups = _axes.divide(name, num_groups, features, x.shape)
+    num_groups = _axes.divisor(
+        name, "num_groups", num_groups, along, "features", x.shape
+    )
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     space = _axes.space(name, axis, along, x.ndim)
     r = Reduction(space, along, num_groups, names, groups)

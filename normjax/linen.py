@@ -124,6 +124,9 @@ class BatchNorm(nn.Module):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      virtual_batch_size: how many neighbouring samples are normalized by moments of
+        their own, while the running statistics follow all of them: ghost batches,
+        https://arxiv.org/abs/1705.08741. None: the whole batch together.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -157,6 +160,7 @@ class BatchNorm(nn.Module):
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    virtual_batch_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -196,6 +200,8 @@ class BatchNorm(nn.Module):
             _module.check_updated(running, with_running)
 
         arguments = _arguments(self, x, axes, mask)
+        if not self.is_initializing():  # which may be with a smaller batch
+            arguments["virtual_batch_size"] = self.virtual_batch_size
         y, m = _module.batch_norm(
             x, running, with_running, update, feature_axis=axes, **arguments
         )

@@ -148,6 +148,9 @@ class BatchNorm(_Norm):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      virtual_batch_size: how many neighbouring samples are normalized by moments of
+        their own, while the running statistics follow all of them: ghost batches,
+        https://arxiv.org/abs/1705.08741. None: the whole batch together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -170,6 +173,7 @@ class BatchNorm(_Norm):
     update_statistics: bool | None
     debias: bool
     running_variance: str
+    virtual_batch_size: int | None
 
     def __init__(
         self,
@@ -199,6 +203,7 @@ class BatchNorm(_Norm):
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        virtual_batch_size: int | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
@@ -241,6 +246,7 @@ class BatchNorm(_Norm):
         _module.check_updated(running, with_running)
 
         arguments = self._arguments(x, axes, mask, running.mean, running.var)
+        arguments["virtual_batch_size"] = self.virtual_batch_size
         running = _module.along(running, [x.shape[a] for a in axes])
         y, m = _module.batch_norm(
             x, running, with_running, update, feature_axis=axes, **arguments
@@ -601,8 +607,8 @@ class GroupNorm(_Norm):
         activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         num_groups = _module.flax_groups(num_groups, group_size, (num_features,))
-        num_groups = _axes.divide(
-            "GroupNorm", num_groups, (num_features,), (num_features,)
+        num_groups = _axes.divisor(
+            "GroupNorm", "num_groups", num_groups, (0,), "features", (num_features,)
         )
         group_size = num_features // num_groups
         self._create(**{k: v for k, v in locals().items() if k != "self"})

@@ -9,6 +9,7 @@ import pytest
 
 with warnings.catch_warnings():  # what other libraries warn about is theirs
     warnings.simplefilter("ignore")
+    import passes
     import peers
     import run
     import steps
@@ -122,3 +123,12 @@ def test_least_traffic_is_that_of_the_pass():
     assert [layer.passes(what, 4) for what in run.PASSES] == [2, 2, 3, 5]
     assert [batch.passes(what, 4) for what in run.PASSES] == [2, 3, 5, 8]
     assert timing.ratios({"normjax": [1, 2], "flax": [2, 4]})["flax"]["median"] == 0.5
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_forms_of_forward_are_one_norm(axis):
+    """On data near zero, where none of them loses digits."""
+    x = jnp.sin(jnp.arange(16 * 16.0)).reshape(16, 16) + 0.1
+    want = (x - x.mean(axis, keepdims=True)) / (x.std(axis, keepdims=True) + 5e-7)
+    for name, form in passes.forms((axis,)).items():
+        assert jnp.allclose(form(x, None), want, atol=1e-5), name

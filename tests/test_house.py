@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import normjax
-from normjax import linen, nnx
+from normjax import linen, nnx, tools
 
 PACKAGE = pathlib.Path(normjax.__file__).parent
 # A file imports only from files of lower numbers, never its own.
@@ -27,15 +27,23 @@ ORDER = {
     "_module": 5,
     "linen": 6,
     "nnx": 6,
+    "tools.batches": 7,
+    "tools.replicas": 7,
+    "tools": 8,
     "__init__": 9,
 }
 PUBLIC = [
     (module, name)
-    for module in (normjax, linen, nnx)
+    for module in (normjax, linen, nnx, tools)
     for name, value in vars(module).items()
     if not name.startswith("_")
     and getattr(value, "__module__", "").startswith("normjax")
 ]
+
+
+def file_of(name):
+    path = PACKAGE / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def imported(path):
@@ -44,26 +52,27 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             parts = node.module.split(".")
             if parts[0] == "normjax":
-                yield from parts[1:] or [a.name for a in node.names]
+                one = ".".join(parts[1:])
+                yield from [one] if one else [a.name for a in node.names]
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("normjax."):
-                    yield alias.name.split(".")[1]
+                    yield alias.name.split(".", 1)[1]
 
 
 def test_every_file_has_its_floor():
-    assert {p.stem for p in PACKAGE.glob("*.py")} == set(ORDER)
+    assert set(PACKAGE.rglob("*.py")) == set(map(file_of, ORDER))
 
 
 @pytest.mark.parametrize("file", ORDER)
 def test_imports_go_one_way(file):
-    above = [n for n in imported(PACKAGE / f"{file}.py") if ORDER[n] >= ORDER[file]]
+    above = [n for n in imported(file_of(file)) if ORDER[n] >= ORDER[file]]
     assert not above, f"{file} imports {above}"
 
 
 def test_only_moments_talk_to_named_device_axes():
     words = ("psum", "pmean", "axis_index(", "all_gather", "ppermute")
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
         found = [w for w in words if w in code]
         assert not found or path.stem == "_moments", f"{path.stem} uses {found}"
@@ -97,6 +106,13 @@ def test_public_names_are_those_of_the_design():
     modules |= {"AddLayerNorm", "AddRMSNorm"}
     for library in (linen, nnx):
         assert {n for m, n in PUBLIC if m is library} == modules
+    assert {n for m, n in PUBLIC if m is tools} == {
+        "Drift",
+        "checksum",
+        "find_drift",
+        "merge_replicas",
+        "pad_batch",
+    }
 
 
 def documented():

@@ -61,6 +61,7 @@ def test_arguments_are_flaxs(name):
                         "update_statistics",
                         "debias",
                         "running_variance",
+                        "virtual_batch_size",
                     ),
                     *("missing_axis", "mask_is_weight", "activation"),
                 },

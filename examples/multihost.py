@@ -1,0 +1,403 @@
+"""Trains the digits network in several processes at once, and goes on after a fault.
+
+    python examples/multihost.py --processes 4
+
+The processes are those of as many hosts, here on one machine: each has devices of its
+own, gets its part of every batch, and batch norm is synced over all of them. A process
+that dies, raises or hangs is noticed and named, all start again from the last
+checkpoint, and the losses are those of a run that nothing befell. `--resume` goes on
+where a run was left, by SIGTERM or for good.
+
+`--fault kill:1:20` rehearses it: worker 1 is killed before step 20. The kinds are kill,
+raise, hang and term. On a cluster each host runs one worker, and the scheduler takes
+the place of the launcher: `python examples/multihost.py --worker`, see docs/scaling.md.
+"""
+
+import argparse
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import train_digits as digits
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from normjax import tools
+
+OUT = Path("out/multihost")
+STEPS = 100
+SAVE_EVERY = 10
+DRIFT_EVERY = 25  # steps between two looks for replicas that differ
+FAULTS = ("kill", "raise", "hang", "term")
+LEFT = 75  # exit status of a worker that was told to leave, and did
+LOSSES = "losses.json"
+
+
+# A worker: what runs on each host.
+
+
+def connect(args: argparse.Namespace) -> None:
+    """Joins the other processes; on a cluster JAX finds them by itself."""
+    if args.devices is not None:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    bounds = {
+        "initialization_timeout": args.start_timeout,
+        "heartbeat_timeout_seconds": 10,
+        "shutdown_timeout_seconds": 10,
+    }
+    where = (args.address, args.processes, args.worker) if args.address else ()
+    jax.distributed.initialize(*where, **bounds)
+
+
+def say(what: str, step: int, **facts: Any) -> None:
+    """Tells the launcher how far this worker is, one line of JSON."""
+    print(json.dumps({"what": what, "step": step, **facts}), flush=True)
+
+
+def open_checkpoints(out: Path) -> ocp.CheckpointManager:
+    """Saves while training goes on; a checkpoint is whole, or it is not there."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=3, enable_async_checkpointing=True
+    )
+    return ocp.CheckpointManager((out / "checkpoints").resolve(), options=options)
+
+
+def restore(manager: ocp.CheckpointManager, state: dict) -> tuple[dict, list]:
+    """Returns the newest state and losses that can be read, or those given."""
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(state), losses=ocp.args.JsonRestore()
+    )
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            found = manager.restore(step, args=args)
+        except Exception as error:  # whatever a file that was cut off leads to
+            say("unreadable", step, why=f"{type(error).__name__}: {error}"[:200])
+            manager.delete(step)
+        else:
+            return found.state, found.losses
+    return state, []
+
+
+def rehearse(fault: str | None, worker: int, step: int) -> None:
+    """Does to this worker what --fault says, if it is the one and this the step."""
+    if fault is None:
+        return
+    kind, number, when = fault.split(":")
+    if (int(number), int(when)) != (worker, step):
+        return
+    if kind == "raise":
+        raise RuntimeError("a fault that is rehearsed")
+    if kind == "hang":
+        time.sleep(10**6)
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
+
+
+def work(args: argparse.Namespace) -> int:
+    """Trains, as one of all processes; returns the exit status."""
+    connect(args)
+    worker, processes = jax.process_index(), jax.process_count()
+    mesh = jax.make_mesh(
+        (jax.device_count(),), (digits.AXIS,), axis_types=(AxisType.Auto,)
+    )
+    same = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec(digits.AXIS))
+    data, held_out = digits.digits(args.dtype)
+    mine = np.array_split(np.arange(args.batch_size), processes)[worker]
+
+    def part(now):  # of a batch, the rows of this process
+        return jax.tree.map(
+            lambda a: jax.make_array_from_process_local_data(split, a[mine]), now
+        )
+
+    one = jax.jit(digits.make_step(args), out_shardings=same)
+    state = jax.device_put(digits.initial_state(args), same)
+    with open_checkpoints(args.out) as manager:
+        state, losses = restore(manager, state)
+        say("start", len(losses))
+        for step in range(len(losses) + 1, args.steps + 1):
+            rehearse(args.fault, worker, step)
+            say("step", step)
+            now = part(digits.batch(data, args.batch_size, args.seed, step))
+            state, loss = jax.block_until_ready(one(state, now))
+            losses.append(float(loss))
+            if step % DRIFT_EVERY == 0:
+                drift = [str(d) for d in tools.find_drift(state)]
+                if drift:
+                    raise RuntimeError(f"replicas differ: {drift[0]}")
+            # All processes agree on the step after which a SIGTERM is obeyed.
+            leave = multihost_utils.reached_preemption_sync_point(step)
+            if step % SAVE_EVERY == 0 or step == args.steps or leave:
+                save = ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    losses=ocp.args.JsonSave(losses),
+                )
+                manager.save(step, args=save, force=True)
+            if leave:
+                manager.wait_until_finished()
+                say("left", step)
+                return LEFT
+    if worker == 0:
+        (args.out / LOSSES).write_text(json.dumps(losses))
+        evaluate = digits.make_evaluate(args, held_out)
+        on_host = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), state)
+        say("accuracy", args.steps, value=evaluate(on_host))
+    say("done", args.steps)
+    return 0
+
+
+def work_and_leave(args: argparse.Namespace) -> None:
+    """Works, and ends the process at once where that fails.
+
+    Python's own way out would wait for the other processes, which wait for this one.
+    """
+    try:
+        status = work(args)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if status:
+        os._exit(status)
+
+
+# The launcher: starts the workers, watches them, and starts them again.
+
+
+class End(NamedTuple):
+    """How an attempt ended.
+
+    Attributes:
+      kind: "done", "left", or "fault".
+      why: in words, with the number of the worker.
+      step: how far the workers were.
+    """
+
+    kind: str
+    why: str
+    step: int
+
+
+def free_address() -> str:
+    """Returns an address at which the workers can meet."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return f"localhost:{s.getsockname()[1]}"
+
+
+def start(args: argparse.Namespace, fault: str | None) -> list[subprocess.Popen]:
+    """Starts all workers; what they say comes by pipe, their errors go to files."""
+    command = [sys.executable, __file__, "--address", free_address(), *sys.argv[1:]]
+    if "--fault" not in sys.argv or fault is None:
+        command += ["--no-fault"]
+    workers = []
+    for number in range(args.processes):
+        with (args.out / f"worker-{number}.log").open("a") as log:
+            workers.append(
+                subprocess.Popen(
+                    [*command, "--worker", str(number)],
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+            )
+    return workers
+
+
+def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
+    """Listens to the workers until they are done, or one of them is not well."""
+    said: queue.Queue = queue.Queue()
+
+    def listen(number: int, pipe: TextIO) -> None:
+        for line in pipe:
+            if line.startswith("{"):
+                said.put((number, json.loads(line)))
+
+    for number, worker in enumerate(workers):
+        threading.Thread(
+            target=listen, args=(number, worker.stdout), daemon=True
+        ).start()
+    steps = [-1] * len(workers)  # that each has begun; -1 before it has joined
+    heard = time.monotonic()
+    while True:
+        try:
+            number, line = said.get(timeout=0.1)
+        except queue.Empty:
+            number, line = -1, {}
+        if line:
+            heard = time.monotonic()
+            steps[number] = line["step"]
+            tell(number, line)
+        ended = {i: w.poll() for i, w in enumerate(workers) if w.poll() is not None}
+        if len(ended) == len(workers) and said.empty():
+            if set(ended.values()) == {0}:
+                return End("done", "", max(steps))
+            if set(ended.values()) == {LEFT}:
+                return End("left", "", max(steps))
+        bad = {i: status for i, status in ended.items() if status not in (0, LEFT)}
+        if bad:
+            return End("fault", named(bad), max(steps))
+        joined = min(steps) >= 0
+        bound = args.hang_timeout if joined else args.start_timeout
+        if time.monotonic() - heard > bound:
+            behind = [i for i, step in enumerate(steps) if step == min(steps)]
+            who = ", ".join(map(str, behind))
+            what = (
+                f"before step {min(steps) + 1}" if joined else "before the first step"
+            )
+            return End("fault", f"worker {who} hangs {what}, {bound} s", max(steps))
+
+
+def named(bad: dict[int, int]) -> str:
+    """Says which worker failed: one that was killed, before those it took along."""
+    number, status = min(bad.items(), key=lambda item: (item[1] >= 0, item[0]))
+    if status < 0:
+        return f"worker {number} was killed by {signal.Signals(-status).name}"
+    return f"worker {number} failed with status {status}"
+
+
+def tell(number: int, line: dict) -> None:
+    """Prints what a person wants to know of what workers say."""
+    if line["what"] == "unreadable" and number == 0:
+        print(f"checkpoint {line['step']} cannot be read: {line['why']}", flush=True)
+    if line["what"] == "start" and number == 0:
+        print(f"training from step {line['step'] + 1}", flush=True)
+    if line["what"] == "step" and number == 0 and line["step"] % SAVE_EVERY == 0:
+        print(f"step {line['step']}", flush=True)
+    if line["what"] == "accuracy":
+        print(f"Accuracy: {line['value']:.2%} of the held-out digits", flush=True)
+
+
+def kill(workers: list[subprocess.Popen]) -> None:
+    """Ends all workers for good: JAX takes SIGTERM as a mere notice."""
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGKILL)
+        worker.wait(10)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Runs the workers until they are done; returns the exit status."""
+    for attempt in range(args.restarts + 1):
+        workers = start(args, args.fault if attempt == 0 else None)
+
+        def pass_on(signum, frame, workers=workers):
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.send_signal(signal.SIGTERM)
+
+        before = signal.signal(signal.SIGTERM, pass_on)
+        began = time.monotonic()
+        try:
+            end = watch(args, workers)
+        finally:
+            kill(workers)
+            signal.signal(signal.SIGTERM, before)
+        if end.kind == "done":
+            print(f"Losses: {args.out / LOSSES}")
+            return 0
+        if end.kind == "left":
+            print(f"Left after step {end.step}, as SIGTERM asked. Go on with --resume.")
+            return LEFT
+        took = time.monotonic() - began
+        print(f"{end.why}; noticed {took:.0f} s after the start", flush=True)
+    print(
+        f"Gave up after {args.restarts} restarts; see {args.out}/worker-*.log."
+        " The last checkpoint is whole: go on with --resume."
+    )
+    return 1
+
+
+# Options.
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser: options of the demo, and those of several processes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--processes", type=int, default=2, help="how many")
+    add("--devices", type=int, default=1, help="CPU devices of each; 0: what it has")
+    add("--steps", type=int, default=STEPS, help="batches to train on")
+    add("--batch-size", type=int, default=digits.BATCH_SIZE, help="images, of all")
+    add("--learning-rate", type=float, default=digits.LEARNING_RATE)
+    add(
+        "--norm", choices=digits.NORMS, default="batch", help="batch is synced over all"
+    )
+    add("--seed", type=int, default=0, help="of the parameters and the batches")
+    add("--dtype", choices=("float32",), default="float32", help=argparse.SUPPRESS)
+    add("--out", type=Path, default=OUT, help="folder; an earlier run's is replaced")
+    add("--resume", action="store_true", help="go on from the last checkpoint in it")
+    add("--restarts", type=int, default=3, help="after faults")
+    add("--hang-timeout", type=int, default=60, help="seconds a step may take")
+    add("--start-timeout", type=int, default=120, help="seconds until the first step")
+    add("--fault", help="kind:worker:step, to rehearse one")
+    add("--no-fault", action="store_true", help=argparse.SUPPRESS)
+    add("--address", help=argparse.SUPPRESS)
+    add("--worker", nargs="?", type=int, const=-1, help="be a worker; see docs")
+    return parser
+
+
+def check(args: argparse.Namespace, refuse: Callable) -> None:
+    """Refuses what cannot be trained, before anything is written."""
+    devices = args.processes * max(args.devices or 1, 1)
+    if args.processes < 1:
+        refuse(f"--processes must be 1 or more. Got --processes {args.processes}.")
+    if args.batch_size % devices:
+        below = max(args.batch_size // devices * devices, devices)
+        refuse(
+            "--batch-size must be a multiple of the number of devices. Got --batch-size"
+            f" {args.batch_size}, {args.processes} processes of {args.devices} devices."
+            f" Nearest: {below} or {below + devices}."
+        )
+    parts = (args.fault or "").split(":")
+    if args.fault and not (
+        len(parts) == 3
+        and parts[0] in FAULTS
+        and parts[1].isdigit()
+        and parts[2].isdigit()
+    ):
+        refuse(
+            f"--fault must be kind:worker:step, the kind one of {', '.join(FAULTS)}."
+            f" Got --fault {args.fault}. Pass --fault kill:1:20, say."
+        )
+
+
+def main() -> int:
+    """Launches workers, or is one; returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args()
+    args.parallel = "jit"
+    args.devices = args.devices or None
+    if args.no_fault:
+        args.fault = None
+    if args.worker is not None:
+        work_and_leave(args)
+        return 0
+    check(args, parser.error)
+    # What the losses depend on; the number of processes is part of their rounding.
+    keep = ("steps", "batch_size", "learning_rate", "norm", "seed", "dtype")
+    settings = {k: getattr(args, k) for k in (*keep, "processes", "devices")}
+    if args.resume:
+        digits.check_resume(args.out, settings, parser.error)
+    else:
+        digits.start_afresh(args.out, settings, parser.error)
+    return launch(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

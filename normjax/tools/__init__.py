@@ -1,0 +1,10 @@
+"""What is done to the data and the variables of a whole model.
+
+Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictionaries.
+"""
+
+from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.replicas import Drift as Drift
+from normjax.tools.replicas import checksum as checksum
+from normjax.tools.replicas import find_drift as find_drift
+from normjax.tools.replicas import merge_replicas as merge_replicas

@@ -1,0 +1,75 @@
+"""Batches of any size, as batches of one size and a mask."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normjax import _check
+
+
+def pad_batch(batch: Any, size: int) -> tuple[Any, np.ndarray]:
+    """Pads a batch with zeros to a size, and says which samples are real.
+
+    Hosts with batches of their own sizes, the last batch of an epoch, a host that has
+    run out of data: padded, all have one shape, which is what compiled programs and
+    collectives want; and with the mask, statistics are those of the real samples.
+
+    Args:
+      batch: a tree of arrays ``[n, ...]`` of one n, of 0 or more samples. What is no
+        JAX array stays on the host.
+      size: the number of samples that is wanted, n or more.
+
+    Returns:
+      The tree of arrays ``[size, ...]``, and a boolean mask ``[size]``, which a norm
+      takes as ``mask[:, None, None, None]`` for ``x`` of shape ``[N, H, W, C]``.
+
+    Raises:
+      ValueError: if arrays disagree about n, one has no axis, or n is above ``size``.
+
+    Example:
+      >>> import numpy as np
+      >>> from normjax import tools
+      >>> padded, mask = tools.pad_batch({"x": np.ones((2, 3))}, 4)
+      >>> padded["x"].shape, mask
+      ((4, 3), array([ True,  True, False, False]))
+    """
+    found = {
+        jax.tree_util.keystr(path) or "the batch": np.shape(a)
+        for path, a in jax.tree_util.tree_leaves_with_path(batch)
+    }
+    scalars = [path for path, shape in found.items() if not shape]
+    if scalars or not found:
+        raise _check.error(
+            ValueError,
+            "pad_batch",
+            "a batch is a tree of arrays whose first axis is that of the samples",
+            f"{scalars[0]} of shape ()" if scalars else "no arrays",
+            "Leave out of the batch what is not of samples",
+        )
+    sizes = {path: shape[0] for path, shape in found.items()}
+    first, n = next(iter(sizes.items()))
+    other = next((path for path, m in sizes.items() if m != n), None)
+    if other is not None:
+        raise _check.error(
+            ValueError,
+            "pad_batch",
+            "all arrays of a batch must have as many samples",
+            f"{n} in {first}, {sizes[other]} in {other}",
+            "Take both from the same samples",
+        )
+    if not n <= size:
+        raise _check.error(
+            ValueError,
+            "pad_batch",
+            "a batch must not have more samples than it is padded to",
+            f"{n} samples, size={size}",
+            f"Pass size={n} or more, the same on all hosts",
+        )
+
+    def padded(a):
+        widths = [(0, size - n)] + [(0, 0)] * (np.ndim(a) - 1)
+        return jnp.pad(a, widths) if isinstance(a, jax.Array) else np.pad(a, widths)
+
+    return jax.tree.map(padded, batch), np.arange(size) < n

@@ -1,0 +1,284 @@
+"""Replicas that should be equal: whether they are, and how to make them so."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from normjax import _check, _moments
+from normjax._moments import Moments, Reduction
+
+
+class Drift(NamedTuple):
+    """An array that is not the same on all devices that should hold the same of it.
+
+    Attributes:
+      path: of the array in the tree.
+      devices: the devices that hold something else than most, or than the first where
+        there is no majority; numbers along the first axis for stacked replicas.
+      of: how many devices were compared.
+
+    Example:
+      >>> from normjax import tools
+      >>> str(tools.Drift("['mean']", (3,), 8))
+      "['mean'] differs on 3, of 8 devices"
+    """
+
+    path: str
+    devices: tuple
+    of: int
+
+    def __str__(self) -> str:
+        """Says it in words."""
+        where = ", ".join(map(str, self.devices))
+        return f"{self.path} differs on {where}, of {self.of} devices"
+
+
+def checksum(tree: Any) -> jax.Array:
+    """Returns a checksum of every array of a tree, of its bits and where they stand.
+
+    Each of an array's words of 32 bits times an odd number of its own, added up
+    modulo 2**32: a word that changes always changes it, and so do two words that change
+    places.
+
+    Args:
+      tree: arrays of any dtype; keys of ``jax.random`` among them.
+
+    Returns:
+      uint32, ``[number of arrays]``, in the order of ``jax.tree.leaves``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from normjax import tools
+      >>> tools.checksum({"mean": jnp.zeros(3), "var": jnp.array([1.0, 2.0])})
+      Array([         0, 4286578688], dtype=uint32)
+    """
+    sums = [_checksum(a) for a in jax.tree.leaves(tree)]
+    return jnp.stack(sums) if sums else jnp.zeros((0,), jnp.uint32)
+
+
+def _checksum(a: jax.Array) -> jax.Array:
+    words = _words(a).ravel()
+    odd = 2 * lax.iota(jnp.uint32, words.size) + 1
+    return (words * odd).sum(dtype=jnp.uint32)
+
+
+def _words(a: jax.Array) -> jax.Array:
+    """The bits of an array, as words of 32."""
+    a = jnp.asarray(a)
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a = jax.random.key_data(a)
+    if jnp.iscomplexobj(a):
+        a = jnp.stack([a.real, a.imag])
+    if a.dtype == jnp.bool_:
+        return a.astype(jnp.uint32)
+    if a.dtype.itemsize >= 4:
+        return lax.bitcast_convert_type(a, jnp.uint32)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}[a.dtype.itemsize]
+    return lax.bitcast_convert_type(a, narrow).astype(jnp.uint32)
+
+
+def find_drift(tree: Any, *, stacked: bool = False) -> list[Drift]:
+    """Finds arrays that differ where replicas should hold the same, bit by bit.
+
+    Each device takes checksums of what it holds, and one all-reduce brings them all
+    together: cheap enough to call every so many steps. Devices that hold different
+    pieces of an array are not compared; those that hold the same piece are. On every
+    process the result is the same.
+
+    Args:
+      tree: global arrays on one mesh, replicated or sharded in part; or, where
+        ``stacked``, arrays ``[replicas, ...]``, as ``pmap`` returns them.
+      stacked: whether the first axis is that of the replicas.
+
+    Returns:
+      What differs, in the order of the tree; empty where nothing does.
+
+    Raises:
+      TypeError: if an array is not a JAX array on a mesh.
+      ValueError: if arrays are on several meshes, or stacked ones differ in length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from normjax import tools
+      >>> stacked = {"mean": jnp.array([[1.0], [1.0], [2.0]])}
+      >>> print(*tools.find_drift(stacked, stacked=True))
+      ['mean'] differs on 2, of 3 devices
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [jax.tree_util.keystr(path) for path, _ in found]
+    arrays = [a for _, a in found]
+    if not arrays:
+        return []
+    if stacked:
+        sums = np.asarray(_of_stacked(paths, arrays))
+        names: list[Any] = list(range(len(sums)))
+        groups = [[names]] * len(arrays)
+    else:
+        mesh = _mesh_of(paths, arrays)
+        shardings = tuple(a.sharding for a in arrays)
+        sums = np.asarray(_gathered(mesh, shardings)(arrays).addressable_data(0))
+        names = list(mesh.devices.flat)
+        groups = [_holders(a, names) for a in arrays]
+    rows = {name: row for row, name in enumerate(names)}
+    drifts = []
+    for i, path in enumerate(paths):
+        odd = [d for group in groups[i] for d in _odd_ones(group, sums[:, i], rows)]
+        if odd:
+            drifts.append(Drift(path, tuple(odd), len(names)))
+    return drifts
+
+
+def _of_stacked(paths: list, arrays: list) -> jax.Array:
+    sizes = {p: np.shape(a)[:1] for p, a in zip(paths, arrays, strict=True)}
+    if len(set(sizes.values())) > 1 or () in sizes.values():
+        raise _check.error(
+            ValueError,
+            "find_drift",
+            "stacked arrays must have as many replicas along their first axis",
+            ", ".join(f"{n} in {p}" for p, n in sizes.items()),
+            "Pass the trees of pmap whole, and nothing else",
+        )
+    return jax.jit(jax.vmap(checksum))(arrays)
+
+
+def _mesh_of(paths: list, arrays: list) -> jax.sharding.Mesh:
+    meshes: dict[Any, str] = {}
+    for path, a in zip(paths, arrays, strict=True):
+        if not isinstance(getattr(a, "sharding", None), NamedSharding):
+            raise _check.error(
+                TypeError,
+                "find_drift",
+                "arrays must lie on a mesh, so that there are replicas to compare",
+                f"{path} of {getattr(a, 'sharding', type(a).__name__)}",
+                "Put it there with jax.device_put(array, NamedSharding(mesh, P())), or"
+                " pass stacked=True for arrays [replicas, ...]",
+            )
+        meshes.setdefault(a.sharding.mesh, path)
+    if len(meshes) > 1:
+        (one, first), (two, second), *_ = meshes.items()
+        raise _check.error(
+            ValueError,
+            "find_drift",
+            "all arrays must lie on one mesh",
+            f"{first} on {one.shape_tuple}, {second} on {two.shape_tuple}",
+            "Call it once for each mesh",
+        )
+    return next(iter(meshes))
+
+
+@functools.lru_cache(maxsize=16)
+def _gathered(mesh: jax.sharding.Mesh, shardings: tuple) -> Any:
+    """A program that gives every device the checksums of all, [devices, arrays]."""
+    return jax.jit(
+        jax.shard_map(
+            lambda arrays: _moments.gathered(checksum(arrays), mesh.axis_names),
+            mesh=mesh,
+            in_specs=([s.spec for s in shardings],),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )
+
+
+def _holders(a: jax.Array, devices: list) -> list[list]:
+    """Devices in groups that hold the same piece of an array."""
+    pieces: dict[Any, list] = {}
+    places = a.sharding.devices_indices_map(a.shape)
+    for device in devices:
+        piece = tuple((s.start, s.stop) for s in places[device])
+        pieces.setdefault(piece, []).append(device)
+    return list(pieces.values())
+
+
+def _odd_ones(group: list, sums: np.ndarray, rows: dict) -> list:
+    """Those of a group whose checksum is not that of most, or of the first."""
+    values = [int(sums[rows[d]]) for d in group]
+    usual = max(values, key=values.count)
+    return [d for d, value in zip(group, values, strict=True) if value != usual]
+
+
+def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
+    """Merges running statistics that replicas have kept each for itself, exactly.
+
+    The variance of all replicas' data is the mean of their variances AND the variance
+    of their means, which ``pmean`` leaves out. Replicas count alike.
+
+    Args:
+      statistics: a tree in which a ``mean`` stands beside a ``var``, such as
+        ``batch_stats``; what else it holds stays as it is.
+      axis_name: device axes, one or several, that the replicas lie along, within
+        ``pmap`` or ``shard_map``. None: along the first axis of the arrays.
+
+    Returns:
+      The tree, in which all replicas have the merged statistics.
+
+    Raises:
+      ValueError: if there is no mean beside a var, or their shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from normjax import tools
+      >>> stacked = {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.ones((2, 1))}
+      >>> tools.merge_replicas(stacked)["var"]
+      Array([[2.],
+             [2.]], dtype=float32)
+    """
+    name = "merge_replicas"
+    if axis_name is not None:
+        axis_name, _ = _check.devices(name, axis_name, None)
+    merged = _merged(name, statistics, axis_name, ())
+    if merged is None:
+        raise _check.error(
+            ValueError,
+            name,
+            "statistics must have a mean beside a var somewhere",
+            f"a tree of {jax.tree.structure(statistics)}",
+            "Pass variables['batch_stats'], say",
+        )
+    return merged
+
+
+def _merged(name: str, tree: Any, axis_name: Any, path: tuple) -> Any:
+    """The tree with its statistics merged; None where it has none."""
+    if not isinstance(tree, Mapping):
+        return None
+    parts = {k: _merged(name, v, axis_name, (*path, k)) for k, v in tree.items()}
+    found = {k: v for k, v in parts.items() if v is not None}
+    if "mean" in tree and "var" in tree and not isinstance(tree["mean"], Mapping):
+        mean, var = jnp.asarray(tree["mean"]), jnp.asarray(tree["var"])
+        if mean.shape != var.shape or (axis_name is None and not mean.ndim):
+            raise _check.error(
+                ValueError,
+                name,
+                "mean and var must have one shape, with the replicas first where there"
+                " is no axis_name",
+                f"{'/'.join(map(str, path)) or 'the tree'}: mean of shape {mean.shape},"
+                f" var of shape {var.shape}",
+                "Pass the statistics of one model, of all its replicas",
+            )
+        found |= _one(mean, var, axis_name)
+    if not found:
+        return None
+    same_kind: Any = type(tree)
+    return same_kind({**tree, **found})
+
+
+def _one(mean: jax.Array, var: jax.Array, axis_name: Any) -> dict[str, jax.Array]:
+    dtype = _moments.statistics_dtype(var)
+    m = Moments(
+        jnp.ones(var.shape, dtype), _moments.widened(mean, dtype), var.astype(dtype)
+    )
+    if axis_name is None:
+        m = _moments.merge(m, 0)
+    else:
+        m = _moments.across_devices(m, Reduction((), names=axis_name), even=True)
+    return {
+        "mean": jnp.broadcast_to(m.mean + m.rest, mean.shape).astype(mean.dtype),
+        "var": jnp.broadcast_to(m.var, var.shape).astype(var.dtype),
+    }
