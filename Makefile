@@ -8,7 +8,7 @@ WORKERS ?= auto
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
-.PHONY: demo compare test lint types format bench test-flax accuracy docs notebook clean
+.PHONY: demo compare test test-processes lint types format bench test-flax accuracy docs notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
@@ -18,6 +18,10 @@ compare: $(DONE)
 
 test: $(DONE) lint types
 	$(PY) -m pytest -n $(WORKERS)
+
+# Real processes that train together, are killed, hang, or are told to leave.
+test-processes: $(DONE)
+	$(PY) -m pytest -m processes -n 2
 
 lint: $(DONE)
 	$(PY) -m ruff check .

@@ -53,6 +53,9 @@ def connect(args: argparse.Namespace) -> None:
     """Joins the other processes; on a cluster JAX finds them by itself."""
     if args.devices is not None:
         jax.config.update("jax_num_cpu_devices", args.devices)
+    # What is started again does not compile again.
+    jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     bounds = {
         "initialization_timeout": args.start_timeout,
         "heartbeat_timeout_seconds": 10,
@@ -122,16 +125,20 @@ def work(args: argparse.Namespace) -> int:
             lambda a: jax.make_array_from_process_local_data(split, a[mine]), now
         )
 
-    one = jax.jit(digits.make_step(args), out_shardings=same)
+    def of_step(step):  # the same on all processes, each of which takes its part
+        return part(digits.batch(data, args.batch_size, args.seed, step))
+
     state = jax.device_put(digits.initial_state(args), same)
+    # Compiled before the first step, whose time is then that of any other.
+    one = jax.jit(digits.make_step(args), out_shardings=same)
+    one = one.lower(state, of_step(1)).compile()
     with open_checkpoints(args.out) as manager:
         state, losses = restore(manager, state)
         say("start", len(losses))
         for step in range(len(losses) + 1, args.steps + 1):
             rehearse(args.fault, worker, step)
             say("step", step)
-            now = part(digits.batch(data, args.batch_size, args.seed, step))
-            state, loss = jax.block_until_ready(one(state, now))
+            state, loss = jax.block_until_ready(one(state, of_step(step)))
             losses.append(float(loss))
             if step % DRIFT_EVERY == 0:
                 drift = [str(d) for d in tools.find_drift(state)]

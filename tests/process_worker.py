@@ -37,7 +37,11 @@ class Net(nn.Module):
         for _ in range(2):
             x = nn.Dense(FEATURES, **fields)(x)
             norm = linen.BatchNorm(
-                False, momentum=0.9, axis_name=self.axis_name, **fields
+                False,
+                momentum=0.9,
+                axis_name=self.axis_name,
+                force_float32_reductions=False,
+                **fields,
             )
             x = nn.gelu(norm(x, mask=mask[:, None]))
         return linen.LayerNorm(**fields)(nn.Dense(FEATURES, **fields)(x))

@@ -11,6 +11,8 @@ import numpy as np
 import process_worker
 import pytest
 
+pytestmark = pytest.mark.processes
+
 LIMIT = 150  # seconds that all processes of a test may take
 WORKER = pathlib.Path(process_worker.__file__)
 
