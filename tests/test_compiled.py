@@ -170,3 +170,18 @@ def test_layer_norm_in_bfloat16_keeps_a_quarter_of_what_flax_keeps():
 
     assert kept(normjax.layer_norm) <= 1.02 * x.nbytes
     assert kept(theirs) >= 4 * x.nbytes
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_all_norms_lower_for_accelerators_that_are_not_here(platform):
+    """Forward and backward, in bfloat16, as one program."""
+    x, scale, bias, _ = arguments("plain", jnp.bfloat16)
+
+    def losses(x, scale, bias):
+        ys = [norm.call(x, scale, bias, None) for norm in FAMILY.values()]
+        return sum(jnp.sin(y.astype(jnp.float32)).sum() for y in ys)
+
+    gradients = jax.jit(jax.grad(losses, (0, 1, 2)))
+    exported = jax.export.export(gradients, platforms=[platform])(x, scale, bias)
+    assert exported.platforms == (platform,)
+    assert exported.mlir_module().count("stablehlo.reduce") > len(FAMILY)

@@ -18,7 +18,7 @@ import normjax.linen
 import normjax.nnx
 
 SHAPE = (3, 8, 2, 4)  # [N, S, T, C]
-ACTIVATIONS = [jax.nn.relu, jax.nn.silu, jax.nn.gelu, jax.nn.softplus]
+ACTIVATIONS = [jax.nn.relu, jax.nn.softplus]  # softplus(0) is not 0
 
 
 def given(x):
