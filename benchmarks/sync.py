@@ -82,7 +82,7 @@ def collectives(program: Any) -> list[int]:
     found = []
     for line in program.as_text().splitlines():
         if re.search(r" all-reduce(-start)?\(", line):
-            shapes = re.findall(r"f32\[([\d,]*)\]", line.split(" = ")[1].split("(")[0])
+            shapes = re.findall(r"f32\[([\d,]*)\]", re.split(" all-reduce", line)[0])
             found.append(
                 sum(4 * math.prod(int(n) for n in s.split(",") if n) for s in shapes)
             )

@@ -13,6 +13,7 @@ with warnings.catch_warnings():  # what other libraries warn about is theirs
     import peers
     import run
     import steps
+    import sync
     import timing
 
 SMALL = [case for case in cases.SPEED if case.small]
@@ -132,3 +133,18 @@ def test_forms_of_forward_are_one_norm(axis):
     want = (x - x.mean(axis, keepdims=True)) / (x.std(axis, keepdims=True) + 5e-7)
     for name, form in passes.forms((axis,)).items():
         assert jnp.allclose(form(x, None), want, atol=1e-5), name
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_the_model_of_sync_has_the_bytes_of_the_compiled_program(one, monkeypatch):
+    if not one:
+        monkeypatch.setattr(sync._moments, "ONE_ALL_REDUCE_BYTES", 0)
+        sync.jax.clear_caches()
+    program, _ = sync.programs(64, sync.normjax.linen, "forward")
+    sync.jax.clear_caches()
+    assert sync.collectives(program) == sync.buffers(64, sync.DEVICES, one)
+
+
+def test_what_is_taken_to_sync_is_never_twice_the_faster():
+    for row in sync.modelled():
+        assert float(row[-1]) < 2
