@@ -88,10 +88,20 @@ def restore(manager: ocp.CheckpointManager, state: dict) -> tuple[dict, list]:
             found = manager.restore(step, args=args)
         except Exception as error:  # whatever a file that was cut off leads to
             say("unreadable", step, why=f"{type(error).__name__}: {error}"[:200])
-            manager.delete(step)
+            set_aside(manager, step)
         else:
             return found.state, found.losses
     return state, []
+
+
+def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Moves a checkpoint out of the way of one to come, and deletes nothing."""
+    folder = Path(manager.directory)
+    if jax.process_index() == 0:
+        to = folder.parent / f"unreadable-{step}-{time.time_ns()}"
+        (folder / str(step)).rename(to)
+    multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+    manager.reload()
 
 
 def rehearse(fault: str | None, worker: int, step: int) -> None:
@@ -207,8 +217,8 @@ def free_address() -> str:
 def start(args: argparse.Namespace, fault: str | None) -> list[subprocess.Popen]:
     """Starts all workers; what they say comes by pipe, their errors go to files."""
     command = [sys.executable, __file__, "--address", free_address(), *sys.argv[1:]]
-    if "--fault" not in sys.argv or fault is None:
-        command += ["--no-fault"]
+    if fault is None:
+        command.append("--no-fault")
     workers = []
     for number in range(args.processes):
         with (args.out / f"worker-{number}.log").open("a") as log:
@@ -278,7 +288,8 @@ def named(bad: dict[int, int]) -> str:
 def tell(number: int, line: dict) -> None:
     """Prints what a person wants to know of what workers say."""
     if line["what"] == "unreadable" and number == 0:
-        print(f"checkpoint {line['step']} cannot be read: {line['why']}", flush=True)
+        step, why = line["step"], line["why"]
+        print(f"checkpoint {step} cannot be read, and is set aside: {why}", flush=True)
     if line["what"] == "start" and number == 0:
         print(f"training from step {line['step'] + 1}", flush=True)
     if line["what"] == "step" and number == 0 and line["step"] % SAVE_EVERY == 0:
@@ -361,14 +372,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, refuse: Callable) -> None:
     """Refuses what cannot be trained, before anything is written."""
-    devices = args.processes * max(args.devices or 1, 1)
+    each = args.devices or 1
+    devices = args.processes * each
     if args.processes < 1:
         refuse(f"--processes must be 1 or more. Got --processes {args.processes}.")
     if args.batch_size % devices:
         below = max(args.batch_size // devices * devices, devices)
         refuse(
             "--batch-size must be a multiple of the number of devices. Got --batch-size"
-            f" {args.batch_size}, {args.processes} processes of {args.devices} devices."
+            f" {args.batch_size}, {args.processes} processes of {each} devices."
             f" Nearest: {below} or {below + devices}."
         )
     parts = (args.fault or "").split(":")

@@ -41,8 +41,7 @@ def add_layer_norm(
     """Adds a residual, and normalizes the sum: a step of a pre-norm transformer.
 
     ``h = x + residual``, ``y = layer_norm(h)``. The sum is what the norm keeps for its
-    backward pass, and the sum of the two gradients of h is part of the loop that writes
-    the norm's.
+    backward pass.
 
     Args:
       x: ``[..., C]``, floating or complex: what a block returned.

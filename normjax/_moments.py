@@ -418,10 +418,10 @@ def across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
         return Moments(count, m.mean, divided(total, count, 1.0), carry)
     size = lax.axis_size(r.names)
     fields = [m.mean, m.rest, m.var] + ([] if even else [m.count, m.carry])
-    buffer = _packed(fields)[None]
+    buffer = _packed(fields)
     if size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES:
         return _across_devices_twice(m, r, even)
-    rows = gathered(buffer[0], r.names)
+    rows = gathered(buffer, r.names)
     mean, rest, var, *counts = _unpacked(rows, fields, axis=1)
     if even:
         counts = [jnp.broadcast_to(a, var.shape) for a in (m.count, m.carry)]

@@ -93,7 +93,8 @@ def batch_norm(
       virtual_batch_size: how many neighbours along the batch, the first axis that is
         not a feature axis, are normalized by moments of their own: ghost batches,
         https://arxiv.org/abs/1705.08741. The moments returned are those of all of them,
-        and of all devices of ``axis_name``. None: the whole batch together.
+        and of all devices of ``axis_name``. None: the whole batch together. It says
+        nothing where ``moments`` are given.
       axis_name: device axes, one or several, to sync the moments over, weighted by
         count. Under jit over sharded arrays they are synced without it.
       axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
@@ -103,7 +104,7 @@ def batch_norm(
         applied to is not kept for the backward pass, but computed again.
 
     Returns:
-      y, of the shape of ``x``, and the `Moments` that normalized it, ``[C]``.
+      y, of the shape of ``x``, and the `Moments` of what normalized it, ``[C]``.
 
     Raises:
       TypeError: if an argument is an integer, or complex and y is not.
@@ -153,6 +154,14 @@ def batch_norm(
 
 def _ghosts(name, x, scale, bias, along, r, size, where, **common):
     """`batch_norm` of ghost batches: an axis more, that is not reduced."""
+    if len(along) == x.ndim:
+        raise _check.error(
+            ValueError,
+            name,
+            "virtual_batch_size needs an axis of samples, that is not a feature axis",
+            f"x.shape={x.shape}, feature axes {along}",
+            "Pass virtual_batch_size=None",
+        )
     batch, *_ = _axes.others(along, x.ndim)
     size = _axes.divisor(name, "virtual_batch_size", size, (batch,), "samples", x.shape)
 

@@ -16,6 +16,8 @@ _CHEAP = frozenset(
     stop_gradient sub tanh transpose xor
     """.split()
 )
+# Calls of functions, such as jax.nn.relu, and the parameter that has what they do.
+_CALLS = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr"}
 
 
 def remat_policy(prim: Any, *avals: Any, **params: Any) -> bool:
@@ -50,8 +52,11 @@ def remat_policy(prim: Any, *avals: Any, **params: Any) -> bool:
 
 
 def _is_cheap(prim: Any, params: dict[str, Any]) -> bool:
-    """Whether an operation, or all those within it, works on single elements."""
-    inner = params.get("call_jaxpr", params.get("jaxpr"))
-    if inner is None:
+    """Whether an operation, or all those that a call is of, work on single elements.
+
+    A reduction by them is none.
+    """
+    if prim.name not in _CALLS:
         return prim.name in _CHEAP
+    inner = params[_CALLS[prim.name]]
     return all(_is_cheap(e.primitive, e.params) for e in inner.eqns)

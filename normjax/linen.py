@@ -304,6 +304,7 @@ class AddLayerNorm(LayerNorm):
       Array([[ 2., -2.]], dtype=float32)
     """
 
+    # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
         self, x: Any, residual: Any, *, mask: Any = None
     ) -> tuple[jax.Array, jax.Array]:
@@ -398,7 +399,7 @@ class RMSNorm(nn.Module):
 
 
 class AddRMSNorm(RMSNorm):
-    """Adds a residual, and normalizes the sum, as a RMSNorm does.
+    """Adds a residual, and normalizes the sum, as an RMSNorm does.
 
     Fields and variables are those of `RMSNorm`. See `normjax.add_rms_norm`.
 
@@ -412,6 +413,7 @@ class AddRMSNorm(RMSNorm):
       Array([[ 2., -2.]], dtype=float32)
     """
 
+    # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
         self, x: Any, residual: Any, *, mask: Any = None
     ) -> tuple[jax.Array, jax.Array]:

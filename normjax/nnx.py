@@ -393,6 +393,7 @@ class AddLayerNorm(LayerNorm):
       Array([[ 2., -2.]], dtype=float32)
     """
 
+    # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
         self, x: Any, residual: Any, *, mask: Any = None
     ) -> tuple[jax.Array, jax.Array]:
@@ -498,7 +499,7 @@ class RMSNorm(_Norm):
 
 
 class AddRMSNorm(RMSNorm):
-    """Adds a residual, and normalizes the sum, as a RMSNorm does.
+    """Adds a residual, and normalizes the sum, as an RMSNorm does.
 
     Fields and variables are those of `RMSNorm`. See `normjax.add_rms_norm`.
 
@@ -512,6 +513,7 @@ class AddRMSNorm(RMSNorm):
       Array([[ 2., -2.]], dtype=float32)
     """
 
+    # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
         self, x: Any, residual: Any, *, mask: Any = None
     ) -> tuple[jax.Array, jax.Array]:

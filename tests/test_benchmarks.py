@@ -135,6 +135,14 @@ def test_forms_of_forward_are_one_norm(axis):
         assert jnp.allclose(form(x, None), want, atol=1e-5), name
 
 
+def test_a_constant_far_from_zero_needs_the_rest_of_the_mean():
+    """Two passes alone leave the mean's rounding over a standard deviation of 0."""
+    x = jnp.full((1000, 1), 1e5 / 3)
+    forms = passes.forms((0,))
+    assert jnp.abs(forms["two passes"](x, None)).max() > 0.1
+    assert not forms["safe, three sums"](x, None).any()
+
+
 @pytest.mark.parametrize("one", [True, False])
 def test_the_model_of_sync_has_the_bytes_of_the_compiled_program(one, monkeypatch):
     if not one:

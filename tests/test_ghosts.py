@@ -1,5 +1,6 @@
 """Ghost batches, and batches that come in pieces: the same numbers as one by one."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +145,15 @@ def test_modules_have_ghosts(system):
     assert norm(x[:3], use_running_average=True).shape == x[:3].shape
 
 
+def test_ghosts_need_samples():
+    with pytest.raises(ValueError) as error:
+        normjax.batch_norm(jnp.ones(4), virtual_batch_size=2)
+    assert str(error.value) == (
+        "batch_norm: virtual_batch_size needs an axis of samples, that is not a feature"
+        " axis. Got x.shape=(4,), feature axes (0,). Pass virtual_batch_size=None."
+    )
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
@@ -165,15 +175,15 @@ def test_a_size_that_does_not_divide_is_refused(size, message):
     assert str(error.value) == message
 
 
-class Net(normjax.linen.nn.Module):
+class Net(nn.Module):
     """Two layers with a norm each, so that micro-batches must meet twice."""
 
     axis_name: str | None = None
 
-    @normjax.linen.nn.compact
+    @nn.compact
     def __call__(self, x):
         for _ in range(2):
-            x = normjax.linen.nn.Dense(4)(x)
+            x = nn.Dense(4)(x)
             norm = normjax.linen.BatchNorm(False, axis_name=self.axis_name)
             x = jnp.sin(norm(x))
         return x

@@ -101,6 +101,8 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(undisturbed, tmp_path):
     assert f"checkpoint {STEPS} cannot be read" in words
     assert "training from step 11" in words, words
     assert losses(tmp_path) == undisturbed
+    (aside,) = tmp_path.glob(f"unreadable-{STEPS}-*")  # nothing is deleted
+    assert len([p for p in aside.rglob("*") if p.is_file()]) >= len(files)
 
 
 def test_it_gives_up_in_the_end_and_says_where_to_look(tmp_path):

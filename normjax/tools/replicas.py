@@ -1,5 +1,6 @@
 """Replicas that should be equal: whether they are, and how to make them so."""
 
+import collections
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -199,7 +200,7 @@ def _holders(a: jax.Array, devices: list) -> list[list]:
 def _odd_ones(group: list, sums: np.ndarray, rows: dict) -> list:
     """Those of a group whose checksum is not that of most, or of the first."""
     values = [int(sums[rows[d]]) for d in group]
-    usual = max(values, key=values.count)
+    ((usual, _),) = collections.Counter(values).most_common(1)
     return [d for d, value in zip(group, values, strict=True) if value != usual]
 
 
