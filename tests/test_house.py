@@ -28,9 +28,10 @@ ORDER = {
     "linen": 6,
     "nnx": 6,
     "tools.batches": 7,
+    "tools.models": 7,
     "tools.replicas": 7,
-    "tools": 8,
-    "__init__": 9,
+    "tools": 10,
+    "__init__": 11,
 }
 PUBLIC = [
     (module, name)
@@ -108,8 +109,10 @@ def test_public_names_are_those_of_the_design():
         assert {n for m, n in PUBLIC if m is library} == modules
     assert {n for m, n in PUBLIC if m is tools} == {
         "Drift",
+        "Norm",
         "checksum",
         "find_drift",
+        "find_norms",
         "merge_replicas",
         "pad_batch",
     }

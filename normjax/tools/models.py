@@ -1,0 +1,197 @@
+"""The norms of a model: which of its modules they are, and others in their place."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from normjax import _check
+
+KINDS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+
+
+class Norm(NamedTuple):
+    """A norm of a model.
+
+    Attributes:
+      path: names from the model down to it, as in its variables.
+      kind: "BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm" or "InstanceNorm".
+      module: the module itself, of Flax or of normjax; for linen with its fields alone,
+        bound to no variables.
+
+    Example:
+      >>> from normjax import linen, tools
+      >>> tools.Norm(("norm",), "LayerNorm", linen.LayerNorm()).path
+      ('norm',)
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    module: Any
+
+
+def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
+    """Finds the norms of a model, by what its modules are and not by their names.
+
+    A linen model is called once on shapes alone: nothing is computed. What it shows are
+    the norms that such a call reaches. An nnx model is walked through.
+
+    Args:
+      model: a linen or nnx module.
+      *args: for linen: arguments of the model's call; arrays or
+        ``jax.ShapeDtypeStruct``. What is neither is passed on as it is.
+      **kwargs: the same, by name.
+
+    Returns:
+      The norms of Flax's classes and of normjax's, in the order of their first call, or
+      for nnx of their paths; one that is called often is there once.
+
+    Raises:
+      TypeError: if model is neither a linen nor an nnx module.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
+      >>> from normjax import linen, tools
+      >>> model = nn.Sequential([nn.Dense(4), linen.LayerNorm(), nn.Dense(2)])
+      >>> [(n.path, n.kind) for n in tools.find_norms(model, jnp.ones((1, 3)))]
+      [(('layers_1',), 'LayerNorm')]
+    """
+    system = system_of("find_norms", model)
+    if system == "nnx":
+        return [
+            Norm(tuple(map(str, path)), kind, module)
+            for path, module in nnx_modules(model)
+            if (kind := kind_of(module))
+        ]
+    found: dict[tuple[str, ...], Norm] = {}
+
+    def note(module: Any) -> None:
+        if kind := kind_of(module):
+            fields = module.clone(parent=None)
+            found.setdefault(module.path, Norm(module.path, kind, fields))
+
+    with substituted(note):
+        abstract_init(model, *args, **kwargs)
+    return list(found.values())
+
+
+def system_of(name: str, model: Any) -> str:
+    """Returns "linen" or "nnx"; refuses what is a module of neither."""
+    for system in ("linen", "nnx"):
+        module = getattr(sys.modules.get(f"flax.{system}"), "Module", None)
+        if module is not None and isinstance(model, module):
+            return system
+    raise _check.error(
+        TypeError,
+        name,
+        "model must be a module of flax.linen or flax.nnx",
+        f"{type(model).__name__}",
+        "Pass the model itself, not its variables or its apply",
+    )
+
+
+def kind_of(module: Any) -> str | None:
+    """Returns which norm a module is, of Flax's or normjax's; None if it is none."""
+    for kind in KINDS:
+        for library in ("normjax.linen", "flax.linen", "normjax.nnx", "flax.nnx"):
+            # A module can only be of a class that somebody has imported.
+            of_kind = getattr(sys.modules.get(library), kind, None)
+            if of_kind is not None and isinstance(module, of_kind):
+                return kind
+    return None
+
+
+def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Returns the shapes of a linen model's variables; computes nothing."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves]
+
+    def init(rng: jax.Array, given: list) -> Any:
+        left = iter(given)
+        whole = [
+            next(left) if is_array else a
+            for a, is_array in zip(leaves, arrays, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(structure, whole)
+        return model.init(rng, *args, **kwargs)
+
+    given = [a for a, is_array in zip(leaves, arrays, strict=True) if is_array]
+    return jax.eval_shape(init, jax.random.key(0), given)
+
+
+@contextlib.contextmanager
+def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
+    """Within it, other linen modules are called in place of some of a model.
+
+    Args:
+      swap: takes the bound module whose ``__call__`` is at hand, and returns what to
+        call with its arguments instead, a function or a module made with
+        ``parent=module.scope.rewound()``, so that it finds the same variables; or None
+        for the module itself.
+
+    Yields:
+      The paths of the modules that were swapped, in order of their calls; a program
+      that was compiled before, and is not traced again, adds none.
+    """
+    import flax.linen as nn
+
+    swapped: list[tuple[str, ...]] = []
+    inside: list[Any] = []  # a call within a call of the same variables is not swapped
+
+    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        place = (module.scope.root, module.path)
+        if any(place == p for p in inside):
+            return call(*args, **kwargs)
+        other = swap(module)
+        if other is not None:
+            swapped.append(module.path)
+        inside.append(place)
+        try:
+            return (call if other is None else other)(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    with nn.intercept_methods(interceptor):
+        yield swapped
+
+
+def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:
+    """The modules of an nnx model with their paths, each once; the model comes last."""
+    from flax import nnx
+
+    return (
+        (path, value)
+        for path, value in nnx.iter_graph(model)
+        if isinstance(value, nnx.Module)
+    )
+
+
+def nnx_replaced(model: Any, swap: Callable[[tuple, Any], Any]) -> Any:
+    """A copy of an nnx model, with other modules in place of some.
+
+    Args:
+      model: the module, which stays as it is.
+      swap: takes a path and the module of the copy that is there, and returns what to
+        put in all the places where that module is, or None for the module itself.
+    """
+    from flax import nnx
+
+    model = nnx.clone(model)
+    modules = list(nnx_modules(model))
+    others = {id(m): other for path, m in modules if (other := swap(path, m))}
+    holder: Any
+    for _, holder in modules:
+        for key, value in list(nnx.iter_children(holder)):
+            if id(value) not in others:
+                continue
+            if isinstance(key, int):  # of a list
+                holder[key] = others[id(value)]
+            else:
+                setattr(holder, str(key), others[id(value)])
+    return others.get(id(model), model)
