@@ -9,14 +9,17 @@ checkpoint, and the losses are those of a run that nothing befell. `--resume` go
 where a run was left, by SIGTERM or for good.
 
 `--fault kill:1:20` rehearses it: worker 1 is killed before step 20. The kinds are kill,
-raise, hang and term. On a cluster each host runs one worker, and the scheduler takes
-the place of the launcher: `python examples/multihost.py --worker`, see docs/scaling.md.
+raise, hang, term, and disk, which takes nothing more from then on. On a cluster each
+host runs one worker, and the scheduler takes the place of the launcher:
+`python examples/multihost.py --worker`, see docs/scaling.md.
 """
 
 import argparse
 import json
 import os
 import queue
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,8 +44,9 @@ OUT = Path("out/multihost")
 STEPS = 100
 SAVE_EVERY = 10
 DRIFT_EVERY = 25  # steps between two looks for replicas that differ
-FAULTS = ("kill", "raise", "hang", "term")
+FAULTS = ("kill", "raise", "hang", "term", "disk")
 LEFT = 75  # exit status of a worker that was told to leave, and did
+FULL = 74  # of one that is done, but for a disk that has no room for the result
 LOSSES = "losses.json"
 
 
@@ -54,7 +58,8 @@ def connect(args: argparse.Namespace) -> None:
     if args.devices is not None:
         jax.config.update("jax_num_cpu_devices", args.devices)
     # What is started again does not compile again.
-    jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     bounds = {
         "initialization_timeout": args.start_timeout,
@@ -70,12 +75,35 @@ def say(what: str, step: int, **facts: Any) -> None:
     print(json.dumps({"what": what, "step": step, **facts}), flush=True)
 
 
-def open_checkpoints(out: Path) -> ocp.CheckpointManager:
+def open_checkpoints(args: argparse.Namespace) -> ocp.CheckpointManager:
     """Saves while training goes on; a checkpoint is whole, or it is not there."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=3, enable_async_checkpointing=True
+        max_to_keep=3,
+        enable_async_checkpointing=True,
+        # One process that fails to save leaves the others waiting.
+        async_options=ocp.AsyncOptions(timeout_secs=args.save_timeout),
     )
-    return ocp.CheckpointManager((out / "checkpoints").resolve(), options=options)
+    return ocp.CheckpointManager((args.out / "checkpoints").resolve(), options=options)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What the losses depend on; how many processes is part of their rounding."""
+    keep = ("steps", "batch_size", "learning_rate", "norm", "seed", "dtype")
+    return {k: getattr(args, k) for k in (*keep, "processes", "devices")}
+
+
+def agree(args: argparse.Namespace) -> None:
+    """Refuses checkpoints of another training, on every host, and marks its own."""
+
+    def refuse(message):
+        raise ValueError(message)
+
+    args.processes = jax.process_count()
+    if any(p.name.isdigit() for p in (args.out / "checkpoints").glob("*")):
+        digits.check_resume(args.out, settings(args), refuse)
+    elif jax.process_index() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / digits.MARK).write_text(json.dumps(settings(args), indent=2) + "\n")
 
 
 def restore(manager: ocp.CheckpointManager, state: dict) -> tuple[dict, list]:
@@ -104,6 +132,16 @@ def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
     manager.reload()
 
 
+def has_room(args: argparse.Namespace, state: dict, step: int) -> bool:
+    """Whether the disk has room for a checkpoint: the same on all processes."""
+    needed = 2 * sum(a.nbytes for a in jax.tree.leaves(state))  # and what is about it
+    free = shutil.disk_usage(args.out).free
+    fits = bool(multihost_utils.broadcast_one_to_all(np.int32(free >= needed)))
+    if not fits:
+        say("full", step, free=free, needed=needed)
+    return fits
+
+
 def rehearse(fault: str | None, worker: int, step: int) -> None:
     """Does to this worker what --fault says, if it is the one and this the step."""
     if fault is None:
@@ -115,12 +153,17 @@ def rehearse(fault: str | None, worker: int, step: int) -> None:
         raise RuntimeError("a fault that is rehearsed")
     if kind == "hang":
         time.sleep(10**6)
+    if kind == "disk":  # writing fails, as it does where a disk is full or a quota used
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        return
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
 
 
 def work(args: argparse.Namespace) -> int:
     """Trains, as one of all processes; returns the exit status."""
     connect(args)
+    agree(args)
     worker, processes = jax.process_index(), jax.process_count()
     mesh = jax.make_mesh(
         (jax.device_count(),), (digits.AXIS,), axis_types=(AxisType.Auto,)
@@ -131,9 +174,7 @@ def work(args: argparse.Namespace) -> int:
     mine = np.array_split(np.arange(args.batch_size), processes)[worker]
 
     def part(now):  # of a batch, the rows of this process
-        return jax.tree.map(
-            lambda a: jax.make_array_from_process_local_data(split, a[mine]), now
-        )
+        return tools.global_batch(jax.tree.map(lambda a: a[mine], now), split)
 
     def of_step(step):  # the same on all processes, each of which takes its part
         return part(digits.batch(data, args.batch_size, args.seed, step))
@@ -142,12 +183,13 @@ def work(args: argparse.Namespace) -> int:
     # Compiled before the first step, whose time is then that of any other.
     one = jax.jit(digits.make_step(args), out_shardings=same)
     one = one.lower(state, of_step(1)).compile()
-    with open_checkpoints(args.out) as manager:
+    with open_checkpoints(args) as manager:
         state, losses = restore(manager, state)
         say("start", len(losses))
         for step in range(len(losses) + 1, args.steps + 1):
             rehearse(args.fault, worker, step)
             say("step", step)
+            manager.check_for_errors()  # of a save that is under way
             state, loss = jax.block_until_ready(one(state, of_step(step)))
             losses.append(float(loss))
             if step % DRIFT_EVERY == 0:
@@ -156,12 +198,16 @@ def work(args: argparse.Namespace) -> int:
                     raise RuntimeError(f"replicas differ: {drift[0]}")
             # All processes agree on the step after which a SIGTERM is obeyed.
             leave = multihost_utils.reached_preemption_sync_point(step)
-            if step % SAVE_EVERY == 0 or step == args.steps or leave:
+            last = step == args.steps or leave
+            if (last or step % SAVE_EVERY == 0) and has_room(args, state, step):
                 save = ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     losses=ocp.args.JsonSave(losses),
                 )
                 manager.save(step, args=save, force=True)
+            elif last:
+                manager.wait_until_finished()
+                return FULL
             if leave:
                 manager.wait_until_finished()
                 say("left", step)
@@ -182,10 +228,17 @@ def work_and_leave(args: argparse.Namespace) -> None:
     """
     try:
         status = work(args)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    except BaseException as error:
+        try:
+            first: BaseException = error  # the others come of it
+            while first.__cause__ or first.__context__:
+                first = first.__cause__ or first.__context__
+            why = f"{type(first).__name__}: {first}".splitlines()[0][:400]
+            say("failed", -1, at=time.time(), why=why)
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
     if status:
         os._exit(status)
 
@@ -197,7 +250,7 @@ class End(NamedTuple):
     """How an attempt ended.
 
     Attributes:
-      kind: "done", "left", or "fault".
+      kind: "done", "left", "full", or "fault".
       why: in words, with the number of the worker.
       step: how far the workers were.
     """
@@ -242,11 +295,14 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
             if line.startswith("{"):
                 said.put((number, json.loads(line)))
 
-    for number, worker in enumerate(workers):
-        threading.Thread(
-            target=listen, args=(number, worker.stdout), daemon=True
-        ).start()
+    listeners = [
+        threading.Thread(target=listen, args=(number, worker.stdout), daemon=True)
+        for number, worker in enumerate(workers)
+    ]
+    for listener in listeners:
+        listener.start()
     steps = [-1] * len(workers)  # that each has begun; -1 before it has joined
+    failed: dict[int, tuple[float, str]] = {}
     heard = time.monotonic()
     while True:
         try:
@@ -255,17 +311,23 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
             number, line = -1, {}
         if line:
             heard = time.monotonic()
-            steps[number] = line["step"]
+            if line["what"] == "failed":
+                failed[number] = (line["at"], line["why"])
+            else:
+                steps[number] = line["step"]
             tell(number, line)
+            continue
         ended = {i: w.poll() for i, w in enumerate(workers) if w.poll() is not None}
-        if len(ended) == len(workers) and said.empty():
-            if set(ended.values()) == {0}:
-                return End("done", "", max(steps))
-            if set(ended.values()) == {LEFT}:
-                return End("left", "", max(steps))
-        bad = {i: status for i, status in ended.items() if status not in (0, LEFT)}
-        if bad:
-            return End("fault", named(bad), max(steps))
+        if len(ended) == len(workers):
+            for status, kind in {0: "done", LEFT: "left", FULL: "full"}.items():
+                if set(ended.values()) == {status}:
+                    return End(kind, "", max(steps))
+        well = (0, LEFT, FULL)
+        bad = {i: status for i, status in ended.items() if status not in well}
+        for number in bad:
+            listeners[number].join(1)
+        if bad and said.empty():  # what they said last has been heard
+            return End("fault", named(bad, failed), max(steps))
         joined = min(steps) >= 0
         bound = args.hang_timeout if joined else args.start_timeout
         if time.monotonic() - heard > bound:
@@ -277,12 +339,17 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
             return End("fault", f"worker {who} hangs {what}, {bound} s", max(steps))
 
 
-def named(bad: dict[int, int]) -> str:
-    """Says which worker failed: one that was killed, before those it took along."""
-    number, status = min(bad.items(), key=lambda item: (item[1] >= 0, item[0]))
-    if status < 0:
-        return f"worker {number} was killed by {signal.Signals(-status).name}"
-    return f"worker {number} failed with status {status}"
+def named(bad: dict[int, int], failed: dict[int, tuple[float, str]]) -> str:
+    """Says which worker failed: one that was killed, else the one that failed first.
+
+    Others fail for the want of it.
+    """
+    for number, status in sorted(bad.items()):
+        if status < 0:
+            return f"worker {number} was killed by {signal.Signals(-status).name}"
+    first = min(failed, key=failed.__getitem__, default=min(bad))
+    why = failed[first][1] if first in failed else "see its log"
+    return f"worker {first} failed with status {bad.get(first, 1)}: {why}"
 
 
 def tell(number: int, line: dict) -> None:
@@ -294,6 +361,13 @@ def tell(number: int, line: dict) -> None:
         print(f"training from step {line['step'] + 1}", flush=True)
     if line["what"] == "step" and number == 0 and line["step"] % SAVE_EVERY == 0:
         print(f"step {line['step']}", flush=True)
+    if line["what"] == "full" and number == 0:
+        free, needed = line["free"] / 2**20, line["needed"] / 2**20
+        print(
+            f"step {line['step']}: no checkpoint, since it needs {needed:.1f} MiB and"
+            f" {free:.1f} MiB are free",
+            flush=True,
+        )
     if line["what"] == "accuracy":
         print(f"Accuracy: {line['value']:.2%} of the held-out digits", flush=True)
 
@@ -329,6 +403,12 @@ def launch(args: argparse.Namespace) -> int:
         if end.kind == "left":
             print(f"Left after step {end.step}, as SIGTERM asked. Go on with --resume.")
             return LEFT
+        if end.kind == "full":
+            print(
+                f"Done with step {end.step}, which the disk of {args.out} has no room"
+                " for. Free some, and go on from the last checkpoint with --resume."
+            )
+            return 1
         took = time.monotonic() - began
         print(f"{end.why}; noticed {took:.0f} s after the start", flush=True)
     print(
@@ -363,6 +443,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--restarts", type=int, default=3, help="after faults")
     add("--hang-timeout", type=int, default=60, help="seconds a step may take")
     add("--start-timeout", type=int, default=120, help="seconds until the first step")
+    add("--save-timeout", type=int, default=60, help="seconds a checkpoint may take")
     add("--fault", help="kind:worker:step, to rehearse one")
     add("--no-fault", action="store_true", help=argparse.SUPPRESS)
     add("--address", help=argparse.SUPPRESS)
@@ -408,13 +489,8 @@ def main() -> int:
         work_and_leave(args)
         return 0
     check(args, parser.error)
-    # What the losses depend on; the number of processes is part of their rounding.
-    keep = ("steps", "batch_size", "learning_rate", "norm", "seed", "dtype")
-    settings = {k: getattr(args, k) for k in (*keep, "processes", "devices")}
-    if args.resume:
-        digits.check_resume(args.out, settings, parser.error)
-    else:
-        digits.start_afresh(args.out, settings, parser.error)
+    begin = digits.check_resume if args.resume else digits.start_afresh
+    begin(args.out, settings(args), parser.error)
     return launch(args)
 
 

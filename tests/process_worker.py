@@ -6,6 +6,7 @@ Each process has samples of its own, as many as it has, padded to one size. What
 train is compared with one process that has them all.
 """
 
+import pathlib
 import sys
 
 import flax.linen as nn
@@ -112,7 +113,7 @@ def together(way, process, processes, dtype):
         one = jax.pmap(of_parts, axis_name="data")
     else:
         split, same = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        x, mask = (jax.make_array_from_process_local_data(split, a) for a in (x, mask))
+        x, mask = tools.global_batch((x, mask), split)
         state = jax.device_put(state, same)
 
         def of_all(state, x, mask):
@@ -146,6 +147,17 @@ def together(way, process, processes, dtype):
     return found | {"losses": np.stack(found["losses"])}
 
 
+def disagree(process):
+    """What a process is told, where one of all has a sample more."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    x = np.zeros((PADDED + (process == 1), FEATURES), np.float32)
+    try:
+        tools.global_batch({"x": x}, NamedSharding(mesh, P("data")))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def flat(tree):
     """A tree as a dictionary of arrays, as np.savez wants it."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -166,6 +178,7 @@ def main() -> None:
                 f"{out}/{way}-{dtype}-{process}.npz",
                 **flat(together(way, process, processes, dtype)),
             )
+    pathlib.Path(f"{out}/disagree-{process}.txt").write_text(disagree(process))
     print("done", flush=True)
 
 

@@ -113,6 +113,7 @@ def test_public_names_are_those_of_the_design():
         "checksum",
         "find_drift",
         "find_norms",
+        "global_batch",
         "merge_replicas",
         "pad_batch",
     }

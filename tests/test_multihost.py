@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,12 +26,17 @@ def command(out, *options):
 
 def run(out, *options):
     """Runs the launcher to its end, and takes its workers with it if it has none."""
+    return run_to_its_end(out, command(out, *options))
+
+
+def run_to_its_end(out, command):
     process = subprocess.Popen(
-        command(out, *options),
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=environment(out),
     )
     try:
         words, _ = process.communicate(timeout=LIMIT)
@@ -45,6 +52,40 @@ def end(process):
     except ProcessLookupError:
         return
     process.wait(10)
+
+
+def run_workers(out, *options):
+    """Runs two workers by themselves, and returns what each wrote to its errors."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    workers = [
+        subprocess.Popen(
+            [*command(out, *options), "--address", address, "--worker", str(number)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=environment(out),
+        )
+        for number in range(2)
+    ]
+    try:
+        return [worker.communicate(timeout=LIMIT)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            end(worker)
+
+
+def environment(out):
+    """What is compiled by one test serves the next."""
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled")}
+
+
+def files(folder):
+    """All files of the training below the folder, with what they hold."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".log")
+    return {p: p.read_bytes() for p in found}
 
 
 def losses(out):
@@ -64,16 +105,21 @@ def undisturbed(tmp_path_factory):
 FAULTS = {
     "kill:1:12": ("worker 1 was killed by SIGKILL", 11),
     "kill:0:12": ("worker 0 was killed by SIGKILL", 11),  # the coordinator
-    "raise:1:12": ("worker 1 failed with status 1", 11),
+    "raise:1:12": (
+        "worker 1 failed with status 1: RuntimeError: a fault that is rehearsed",
+        11,
+    ),
     "hang:1:12": ("worker 1 hangs before step 12, 8 s", 11),
     "kill:1:3": ("worker 1 was killed by SIGKILL", 1),  # before any checkpoint
+    "disk:0:3": ("File too large", 1),  # while the first checkpoint is written
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_and_costs_no_loss(undisturbed, tmp_path, fault):
     why, again = FAULTS[fault]
-    status, words = run(tmp_path, "--fault", fault, "--hang-timeout", "8")
+    bounds = ("--hang-timeout", "8" if "hang" in fault else "60", "--save-timeout", "5")
+    status, words = run(tmp_path, "--fault", fault, *bounds)
     assert status == 0, words
     assert why in words and f"training from step {again}" in words, words
     assert losses(tmp_path) == undisturbed
@@ -105,6 +151,44 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(undisturbed, tmp_path):
     assert len([p for p in aside.rglob("*") if p.is_file()]) >= len(files)
 
 
+def can_mount():
+    """Whether a small disk of one's own may be had, in a namespace of one's own."""
+    probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    try:
+        return subprocess.run(probe, capture_output=True, timeout=20).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=8M none {out}
+head -c {ballast} /dev/zero > {out}/ballast
+{command} --out {out}/run; echo "first status $?"
+rm {out}/ballast
+{command} --out {out}/run --resume; echo "second status $?"
+cp {out}/run/losses.json {losses}
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="no tmpfs may be mounted here (unshare)")
+def test_a_full_disk_damages_nothing(undisturbed, tmp_path):
+    """There is room for one checkpoint, and when there is for more, it goes on."""
+    (tmp_path / "disk").mkdir()
+    script = FULL_DISK.format(
+        out=tmp_path / "disk",
+        ballast=2**23 - 7 * 2**19,
+        command=shlex.join(command(tmp_path)),
+        losses=tmp_path / "losses.json",
+    )
+    status, words = run_to_its_end(tmp_path, ["unshare", "-Urm", "sh", "-c", script])
+    assert status == 0, words
+    first, second = words.split("first status 1")
+    assert "step 14: no checkpoint, since it needs" in first, words
+    assert "has no room for. Free some, and go on" in first, words
+    assert "training from step 11" in second and "second status 0" in second, words
+    assert losses(tmp_path) == undisturbed
+
+
 def test_it_gives_up_in_the_end_and_says_where_to_look(tmp_path):
     status, words = run(tmp_path, "--fault", "raise:0:2", "--restarts", "0")
     assert status == 1 and "Gave up after 0 restarts" in words, words
@@ -118,6 +202,7 @@ def test_no_worker_outlives_the_launcher_that_is_told_to_leave(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=environment(tmp_path),
     )
     try:
         for line in process.stdout:
@@ -162,3 +247,16 @@ def test_a_checkpoint_of_another_mesh_is_refused(undisturbed, tmp_path):
     assert status == 2, words
     found = " ".join(words.split())
     assert "Got --processes 4" in found and "has --processes 2" in found
+
+
+def test_a_worker_refuses_the_checkpoint_of_another_model(undisturbed, tmp_path):
+    """Without the launcher, too, as on a cluster: each of them, and writes nothing."""
+    status, words = run(tmp_path, "--steps", "10")
+    assert status == 0, words
+    before = files(tmp_path)
+    words = run_workers(tmp_path, "--steps", "10", "--norm", "group")
+    for of_one in words:
+        assert "ValueError: --resume needs the settings of the checkpoint." in of_one
+        assert "Got --norm group; the checkpoint" in of_one
+        assert "has --norm batch." in of_one
+    assert files(tmp_path) == before

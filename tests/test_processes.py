@@ -72,3 +72,13 @@ def test_processes_train_as_one_does(trained, way, dtype):
                 assert got[name].dtype == w.dtype == dtype
                 error = np.abs(got[name] - w).max() / max(1.0, np.abs(w).max())
                 assert error <= limit, (name, error)
+
+
+def test_processes_that_disagree_about_shapes_are_told_so_all_of_them(trained):
+    processes, out = trained
+    for i in range(processes):
+        assert (out / f"disagree-{i}.txt").read_text() == (
+            "global_batch: all processes must have arrays of the same names, shapes and"
+            " dtypes. Got ['x']: (8, 6) float32 on process 0, (9, 6) float32 on process"
+            " 1. Pad each batch with pad_batch, to one size on all of them."
+        )

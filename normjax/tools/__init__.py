@@ -3,6 +3,7 @@
 Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictionaries.
 """
 
+from normjax.tools.batches import global_batch as global_batch
 from normjax.tools.batches import pad_batch as pad_batch
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms

@@ -1,5 +1,6 @@
-"""Batches of any size, as batches of one size and a mask."""
+"""Batches of any size, as batches of one size and a mask; of all processes, as one."""
 
+import json
 from typing import Any
 
 import jax
@@ -73,3 +74,74 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, np.ndarray]:
         return jnp.pad(a, widths) if isinstance(a, jax.Array) else np.pad(a, widths)
 
     return jax.tree.map(padded, batch), np.arange(size) < n
+
+
+def global_batch(batch: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Makes global arrays of what each process has of a batch.
+
+    First the shapes of all processes are compared, in two small all-gathers: where one
+    differs, every process raises, instead of waiting for the others in its next step.
+
+    Args:
+      batch: a tree of arrays ``[n, ...]``, those of this process, of the same names,
+        shapes and dtypes as those of the others: `pad_batch` pads them.
+      sharding: of the global arrays, their first axis over the processes.
+
+    Returns:
+      The tree of arrays ``[processes * n, ...]``.
+
+    Raises:
+      ValueError: on every process, if two processes disagree.
+
+    Example:
+      >>> import jax
+      >>> import numpy as np
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from normjax import tools
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> over = NamedSharding(mesh, PartitionSpec("data"))
+      >>> tools.global_batch({"x": np.ones((2, 3))}, over)["x"].shape
+      (2, 3)
+    """
+    if jax.process_count() > 1:
+        _agree(batch)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch
+    )
+
+
+def _agree(batch: Any) -> None:
+    """Refuses a batch whose arrays are not like those of every other process."""
+    mine = {
+        jax.tree_util.keystr(path) or "the batch": f"{np.shape(a)} {jnp.result_type(a)}"
+        for path, a in jax.tree_util.tree_leaves_with_path(batch)
+    }
+    first, *others = _of_processes(json.dumps(mine))
+    for number, text in enumerate(others, 1):
+        if text == first:
+            continue
+        one, other = json.loads(first), json.loads(text)
+        path = next(p for p in {**one, **other} if one.get(p) != other.get(p))
+        raise _check.error(
+            ValueError,
+            "global_batch",
+            "all processes must have arrays of the same names, shapes and dtypes",
+            f"{path}: {one.get(path, 'none')} on process 0, {other.get(path, 'none')}"
+            f" on process {number}",
+            "Pad each batch with pad_batch, to one size on all of them",
+        )
+
+
+def _of_processes(text: str) -> list[str]:
+    """The texts of all processes, on each of them."""
+    from jax.experimental import multihost_utils
+
+    raw = text.encode()
+    sizes = multihost_utils.process_allgather(np.asarray([len(raw)], np.int32))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(raw)] = np.frombuffer(raw, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        row[:size].tobytes().decode()
+        for row, size in zip(rows, sizes[:, 0], strict=True)
+    ]
