@@ -4,6 +4,11 @@ Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictio
 """
 
 from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.looks import Look as Look
+from normjax.tools.looks import Rate as Rate
+from normjax.tools.looks import effective_rates as effective_rates
+from normjax.tools.looks import look as look
+from normjax.tools.looks import scalars as scalars
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
 from normjax.tools.replicas import Drift as Drift
