@@ -49,10 +49,11 @@ def _inspect(args: argparse.Namespace) -> int:
         plain = [_plain({**row._asdict(), "path": "/".join(row.path)}) for row in rows]
         print(json.dumps(plain, indent=1, allow_nan=False))
         return 0
-    console = _check.needed("inspect", "rich", "rich.console").Console()
-    # Into a file or a pipe, lines are as long as the table is wide.
-    width = console.width if console.is_terminal else 10_000
-    console.print(tables.rich_table(rows), width=width)
+    table = tables.rich_table(rows)
+    console = _check.needed("inspect", "rich", "rich.console").Console
+    # Lines as long as the table is wide: a number that is cut short would mislead.
+    wide = console(width=10_000)
+    console(width=max(console().width, wide.measure(table).maximum)).print(table)
     return 0
 
 

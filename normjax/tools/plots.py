@@ -175,12 +175,13 @@ def _figure(name: str, panels: list, title: str | None, path: Any) -> Any:
     size = (columns * _SIZE[0], rows * _SIZE[1] + 0.3)
     figure = module.Figure(figsize=size, dpi=100, layout="constrained")
     for i, (heading, draw) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, i + 1)
+        alone = i == len(panels) - 1 and i % 2 == 0  # takes the whole last row
+        axes = figure.add_subplot(rows, columns, (i + 1, i + 1 + alone))
         draw(axes)
         axes.set_title(heading, loc="left", fontsize=10, fontweight="bold")
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=10)
@@ -215,25 +216,44 @@ def _bars(axes: Any, names: list, low: Any, high: Any, middle: Any, at: Any) -> 
     _layers(axes, names)
 
 
-def _cross(axes: Any, at: Any) -> None:
-    """Marks layers that have NaN or infinity, at the foot."""
+def _cross(axes: Any, at: Any, label: str = "not finite") -> None:
+    """Marks layers that have no place on the scale, at the foot."""
     axes.plot(
         at,
         [0.03] * len(at),
         "X",
         color=_RED,
         transform=axes.get_xaxis_transform(),
-        label="not finite",
+        label=label,
         clip_on=False,
     )
     axes.legend(fontsize=7, frameon=False)
+
+
+def _logarithmic(axes: Any, values: Any, factor: float) -> None:
+    """A logarithmic scale where values above zero differ by more than a factor."""
+    finite = np.asarray(values)[np.isfinite(values)]
+    if finite.size and finite.max() > factor * finite.min() > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        if finite.max() < 100 * finite.min():
+            axes.yaxis.set_minor_formatter("{x:g}")
+        else:
+            axes.yaxis.set_minor_formatter("")
+
+
+def _linear_near_zero(axes: Any, sizes: Any) -> None:
+    """A scale that is logarithmic beyond the usual size, if some are far beyond it."""
+    finite = np.asarray(sizes)[np.isfinite(sizes)]
+    if finite.size and 0 < np.median(finite) < finite.max() / 30:
+        axes.set_yscale("symlog", linthresh=float(np.median(finite)))
 
 
 def _layers(axes: Any, names: list[str], what: str = "norm") -> None:
     """Names the layers along x where they are few, or numbers them."""
     axes.set_xlim(-0.6, len(names) - 0.4)
     if len(names) > _NAMED:
-        axes.set_xlabel(f"{what}, by number in the order of the list", fontsize=8)
+        axes.set_xlabel(f"{what}, by number from 0", fontsize=8)
         return
     short = [n if len(n) <= 22 else "…" + n[-21:] for n in names]
     axes.set_xticks(range(len(names)), short, rotation=30, ha="right")
@@ -244,13 +264,7 @@ def _spread(axes: Any, names: list, means: list, stds: list) -> None:
     _bars(axes, names, mean - std, mean + std, mean, range(len(names)))
     axes.set_ylabel("mean ± standard deviation", fontsize=8)
     axes.axhline(0, color="0.6", linewidth=0.8)
-    # Layers of very different sizes: linear near zero, logarithmic beyond.
-    finite = np.isfinite(mean) & np.isfinite(std)
-    if not finite.any():
-        return
-    largest, usual = np.max((np.abs(mean) + std)[finite]), np.median(std[finite])
-    if 0 < usual < largest / 30:
-        axes.set_yscale("symlog", linthresh=float(usual))
+    _linear_near_zero(axes, np.abs(mean) + std)
 
 
 def _quantiles(looks: Sequence[Look], which: str) -> np.ndarray:
@@ -271,8 +285,7 @@ def _ratio(axes: Any, names: list, looks: Sequence[Look]) -> None:
     low, middle, high = _quantiles(looks, "ratio")
     _of_batch_norms(axes, names, looks, low, high, middle)
     axes.axhline(1, color="0.3", linewidth=0.8)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter("{x:g}")
+    _logarithmic(axes, [low, high], 3)
     axes.set_ylabel("batch std / running std\n90 % of channels", fontsize=8)
 
 
@@ -307,6 +320,7 @@ def _drift(axes: Any, history: dict[int, Sequence[Look]]) -> None:
     for i, (name, values) in enumerate(lines.items()):
         mark = {"marker": _MARKS[i], "markersize": 4} if few else {"linewidth": 1}
         axes.plot(list(history), values, color=colours[i], label=name, **mark)
+    _linear_near_zero(axes, np.stack(list(lines.values()))[:, 1:])
     if few:
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("step", fontsize=8)
@@ -337,14 +351,15 @@ def _effective(axes: Any, rates: Sequence[Rate]) -> None:
 
 
 def _dots(axes: Any, rates: Sequence[Rate], values: list) -> None:
-    """A dot for each array of weights; on a logarithmic scale if all are above zero."""
-    values = [np.nan if v is None else v for v in values]
-    size = min(5, 1 + 80 / len(values))
-    axes.plot(range(len(values)), values, "o", color=_BLUE, markersize=size)
-    if bad := [i for i, v in enumerate(values) if not np.isfinite(v)]:
-        _cross(axes, bad)
-    if any(v > 0 for v in values) and not any(v <= 0 for v in values):
-        axes.set_yscale("log")
+    """A dot for each array of weights."""
+    y = np.array([np.nan if v is None else v for v in values])
+    at = np.arange(len(y))
+    moved = np.isfinite(y) & (y > 0)
+    axes.plot(at[moved], y[moved], "o", color=_BLUE, markersize=min(5, 1 + 80 / len(y)))
+    _logarithmic(axes, y[moved], 3)
+    for which, label in ((y == 0, "not moved"), (~np.isfinite(y), "not finite")):
+        if which.any():
+            _cross(axes, at[which], label)
     _layers(axes, [rate.name for rate in rates], "weights")
 
 
@@ -355,5 +370,5 @@ def _ranges(axes: Any, names: list, rows: Sequence[Row], which: str) -> None:
     low, middle, high = np.array([of[i] for i in at], float).T
     _bars(axes, names, low, high, middle, at)
     axes.set_ylabel("smallest, median, largest", fontsize=8)
-    if which == "var" and np.nanmin(low) > 0:
-        axes.set_yscale("log")
+    if which == "var":
+        _logarithmic(axes, [low, high], 10)

@@ -190,20 +190,28 @@ def _numbers(name: str) -> list:
 
 
 def rich_table(rows: Sequence[Row]) -> Any:
-    """The rows as a table of rich; each range is from smallest to largest."""
-    table = _check.needed("inspect", "rich", "rich.table").Table()
-    table.add_column("norm", overflow="fold")
-    table.add_column("kind", no_wrap=True)
-    for title in ("features", "mean", "var", "scale", "bias", "updates"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("look into", overflow="fold")
-    for row in rows:
-        ranges = [_words(r) for r in (row.mean, row.var, row.scale, row.bias)]
-        updates = "" if row.updates is None else f"{row.updates:g}"
-        flags = "\n".join(row.flags)
-        cells = ["/".join(row.path), row.kind, str(row.features), *ranges, updates]
-        text = _check.needed("inspect", "rich", "rich.text").Text
-        table.add_row(*map(text, cells), text(flags, style="bold red"))
+    """The rows as a table of rich, ranges from smallest to largest, no empty column."""
+    rich = [_check.needed("inspect", "rich", f"rich.{m}") for m in ("table", "box")]
+    table = rich[0].Table(box=rich[1].SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = {
+        "norm": ["/".join(row.path) for row in rows],
+        "kind": [row.kind for row in rows],
+        "features": [str(row.features) for row in rows],
+        **{
+            name: [_words(getattr(row, name)) for row in rows]
+            for name in ("mean", "var", "scale", "bias")
+        },
+        "updates": ["" if u is None else f"{u:g}" for u in (r.updates for r in rows)],
+        "look into": [", ".join(row.flags) for row in rows],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in columns:
+        text = name in ("norm", "kind", "look into")
+        style = "red" if name == "look into" else None
+        table.add_column(name, justify="left" if text else "right", style=style)
+    text = _check.needed("inspect", "rich", "rich.text").Text
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(text, cells))
     return table
 
 
@@ -211,4 +219,4 @@ def _words(r: Range | None) -> str:
     if r is None:
         return ""
     low, _, high = r
-    return f"{low:.3g}" if low == high else f"{low:.3g} … {high:.3g}"
+    return f"{low:.3g}" if low == high else f"{low:.3g}…{high:.3g}"
