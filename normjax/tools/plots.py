@@ -3,6 +3,8 @@
 Figures are made without pyplot: nothing global changes, and none stays open.
 """
 
+import functools
+import io
 import os
 import pathlib
 import tempfile
@@ -170,10 +172,9 @@ def _figure(name: str, panels: list, title: str | None, path: Any) -> Any:
             "no norms",
             "Pass the rows that norm_table found in a checkpoint's variables",
         )
-    module = _check.needed(name, "matplotlib", "matplotlib.figure")
     rows, columns = (len(panels) + 1) // 2, 2
     size = (columns * _SIZE[0], rows * _SIZE[1] + 0.3)
-    figure = module.Figure(figsize=size, dpi=100, layout="constrained")
+    figure = _picture(name)(figsize=size, dpi=100, layout="constrained")
     for i, (heading, draw) in enumerate(panels):
         alone = i == len(panels) - 1 and i % 2 == 0  # takes the whole last row
         axes = figure.add_subplot(rows, columns, (i + 1, i + 1 + alone))
@@ -188,6 +189,20 @@ def _figure(name: str, panels: list, title: str | None, path: Any) -> Any:
     if path is not None:
         _write(figure, pathlib.Path(path))
     return figure
+
+
+@functools.cache
+def _picture(name: str) -> Any:
+    """The class of matplotlib's figures that a notebook shows without pyplot, too."""
+    module = _check.needed(name, "matplotlib", "matplotlib.figure")
+
+    class Picture(module.Figure):
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+    return Picture
 
 
 def _write(figure: Any, path: pathlib.Path) -> None:
@@ -234,18 +249,16 @@ def _logarithmic(axes: Any, values: Any, factor: float) -> None:
     """A logarithmic scale where values above zero differ by more than a factor."""
     finite = np.asarray(values)[np.isfinite(values)]
     if finite.size and finite.max() > factor * finite.min() > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_yscale("log", subs=())
         if finite.max() < 100 * finite.min():
-            axes.yaxis.set_minor_formatter("{x:g}")
-        else:
-            axes.yaxis.set_minor_formatter("")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _linear_near_zero(axes: Any, sizes: Any) -> None:
     """A scale that is logarithmic beyond the usual size, if some are far beyond it."""
     finite = np.asarray(sizes)[np.isfinite(sizes)]
-    if finite.size and 0 < np.median(finite) < finite.max() / 30:
+    if finite.size and 0 < np.median(finite) < finite.max() / 10:
         axes.set_yscale("symlog", linthresh=float(np.median(finite)))
 
 
