@@ -194,15 +194,14 @@ def _figure(name: str, panels: list, title: str | None, path: Any) -> Any:
 @functools.cache
 def _picture(name: str) -> Any:
     """The class of matplotlib's figures that a notebook shows without pyplot, too."""
-    module = _check.needed(name, "matplotlib", "matplotlib.figure")
+    figure = _check.needed(name, "matplotlib", "matplotlib.figure").Figure
+    return type("Figure", (figure,), {"_repr_png_": _png})
 
-    class Picture(module.Figure):
-        def _repr_png_(self) -> bytes:
-            png = io.BytesIO()
-            self.savefig(png, format="png")
-            return png.getvalue()
 
-    return Picture
+def _png(figure: Any) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def _write(figure: Any, path: pathlib.Path) -> None:
