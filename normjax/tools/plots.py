@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -206,14 +205,12 @@ def _png(figure: Any) -> bytes:
 
 def _write(figure: Any, path: pathlib.Path) -> None:
     """Writes a picture whole, or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        figure.savefig(name)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        figure.savefig(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _bars(axes: Any, names: list, low: Any, high: Any, middle: Any, at: Any) -> None:
@@ -267,8 +264,13 @@ def _layers(axes: Any, names: list[str], what: str = "norm") -> None:
     if len(names) > _NAMED:
         axes.set_xlabel(f"{what}, by number from 0", fontsize=8)
         return
-    short = [n if len(n) <= 22 else "…" + n[-21:] for n in names]
+    short = [_short(name) for name in names]
     axes.set_xticks(range(len(names)), short, rotation=30, ha="right")
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which tells more than its start."""
+    return name if len(name) <= 22 else "…" + name[-21:]
 
 
 def _spread(axes: Any, names: list, means: list, stds: list) -> None:
@@ -331,10 +333,12 @@ def _drift(axes: Any, history: dict[int, Sequence[Look]]) -> None:
     colours = _CYCLE if few else _by_depth(axes, len(lines))
     for i, (name, values) in enumerate(lines.items()):
         mark = {"marker": _MARKS[i], "markersize": 4} if few else {"linewidth": 1}
-        axes.plot(list(history), values, color=colours[i], label=name, **mark)
+        axes.plot(list(history), values, color=colours[i], label=_short(name), **mark)
     _linear_near_zero(axes, np.stack(list(lines.values()))[:, 1:])
-    if few:
-        axes.legend(fontsize=7, frameon=False)
+    if few:  # beside the lines, which leave no corner free for sure
+        axes.legend(
+            fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
     axes.set_xlabel("step", fontsize=8)
     first = next(iter(history))
     axes.set_ylabel(f"from step {first}, its std then", fontsize=8)
