@@ -14,7 +14,7 @@ import numpy as np
 
 from normjax import _check, _module, _moments
 from normjax._moments import Moments
-from normjax.tools import models
+from normjax.tools.models import kind_of, nnx_modules, substituted, system_of
 
 # Names of a variable that a model is given, and of a collection that it never has.
 _SEEN = "normjax_seen"
@@ -188,7 +188,7 @@ def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
       >>> [(seen.name, seen.values) for seen in tools.look(model, variables, x)]
       [('layers_1', 4.0)]
     """
-    if models.system_of("look", model) == "linen":
+    if system_of("look", model) == "linen":
         kwargs.pop("mutable", None)  # what the model would return changed is not used
         seen = _compiled(_see_linen, _hashable(model), args, kwargs)
     else:
@@ -291,7 +291,7 @@ def _see_linen(model: Any, args: tuple, kwargs: dict) -> dict:
         return model.apply(*args, mutable=DenyList(_NOWHERE), **kwargs)
 
     def with_taps() -> Any:
-        with models.substituted(_linen_tap):
+        with substituted(_linen_tap):
             return call()[1]
 
     variables = _let_out(with_taps, call)
@@ -312,7 +312,7 @@ def _collect(tree: Any, path: tuple, seen: dict) -> None:
 
 def _linen_tap(module: Any) -> Any:
     """What to call in place of a linen norm: itself, with a look at it."""
-    kind = models.kind_of(module)
+    kind = kind_of(module)
     if kind is None:
         return None
 
@@ -347,8 +347,8 @@ def _with_taps(model: Any) -> Any:
     from flax import nnx
 
     model = nnx.clone(model)
-    for path, module in list(models.nnx_modules(model)):
-        if kind := models.kind_of(module):
+    for path, module in list(nnx_modules(model)):
+        if kind := kind_of(module):
             module.normjax_path = tuple(map(str, path))
             of: Any = type(module)
             module.__class__ = _tapped(of, kind)
@@ -389,7 +389,7 @@ def _see_nnx(graphs: tuple, args: tuple, kwargs: dict) -> dict:
     _let_out(lambda: model(*of_model, **kwargs), lambda: plain(*of_model, **kwargs))
     return {
         module.normjax_path: getattr(module, _SEEN).get_value()
-        for _, module in models.nnx_modules(model)
+        for _, module in nnx_modules(model)
         if hasattr(module, _SEEN)
     }
 
