@@ -693,6 +693,19 @@ def test_the_picture_has_the_rates():
     assert "Effective learning rate" not in titles(tools.plot(made_up(0), without))
 
 
+def test_what_is_not_finite_is_told_without_a_warning():
+    (seen,) = tools.look(
+        nn.LayerNorm(), {"params": {"scale": SCALE, "bias": BIAS}}, X * np.inf
+    )
+    assert math.isnan(seen.std)
+    tools.plot({0: [seen], 1: [seen]})
+    (row,) = tools.norm_table(
+        {"n": {"mean": np.array([np.nan, np.inf]), "var": VAR[:2]}}
+    )
+    assert row.flags[0] == "2 of 2 mean not finite"
+    tools.plot_table([row])
+
+
 def test_what_is_not_finite_is_marked():
     looks = made_up(0)
     looks[1] = looks[1]._replace(mean=math.nan)

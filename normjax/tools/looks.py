@@ -513,6 +513,7 @@ def _looks(path: tuple, call: int, seen: _Seen) -> list[tuple[int, Look]]:
     ]
 
 
+@np.errstate(all="ignore")  # what is not finite is told, and not warned of
 def _summary(channels: dict[str, np.ndarray], **where: Any) -> Look:
     """A `Look` with the figures of a layer, from those of its channels."""
     layer, values = channels.pop("layer"), channels.pop("values")

@@ -161,6 +161,7 @@ def _check_history(history: dict[int, Sequence[Look]]) -> None:
             )
 
 
+@np.errstate(all="ignore")  # what is not finite is told, and not warned of
 def _figure(name: str, panels: list, title: str | None, path: Any) -> Any:
     """Lays out panels, (title, what draws it), in two columns, and writes them."""
     if not panels:

@@ -145,6 +145,7 @@ def _wide(value: Any) -> np.ndarray:
     return a.astype(np.float32) if a.dtype.itemsize == 2 else a
 
 
+@np.errstate(all="ignore")  # what is not finite is told, and not warned of
 def _row(path: tuple[str, ...], arrays: dict[str, np.ndarray]) -> Row:
     wide = {name: _wide(a) for name, a in arrays.items()}
     named = _NAME.findall("/".join(path))
