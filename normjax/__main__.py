@@ -46,7 +46,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.plot:
         plots.plot_table(rows, path=args.plot)
     if args.json:
-        plain = [_plain({**row._asdict(), "path": "/".join(row.path)}) for row in rows]
+        plain = [_plain({**row._asdict(), "path": row.name}) for row in rows]
         print(json.dumps(plain, indent=1, allow_nan=False))
         return 0
     table = tables.rich_table(rows)

@@ -101,7 +101,8 @@ class Look(NamedTuple):
           ['layers/0']
         """
         layer = "" if self.layer is None else f"[{self.layer}]"
-        return "/".join(self.path) + layer + (f"#{self.call}" if self.call else "")
+        name = "/".join(self.path) or self.kind
+        return name + layer + (f"#{self.call}" if self.call else "")
 
 
 class Rate(NamedTuple):

@@ -125,7 +125,7 @@ def plot_table(rows: Sequence[Row], *, path: str | os.PathLike | None = None) ->
         "scale": "Scale",
         "bias": "Bias",
     }
-    names = ["/".join(row.path) for row in rows]
+    names = [row.name for row in rows]
 
     def ranges(which: str) -> Callable:
         return lambda axes: _ranges(axes, names, rows, which)

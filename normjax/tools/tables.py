@@ -61,6 +61,11 @@ class Row(NamedTuple):
     updates: float | None
     flags: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """The path in one word; the kind for a norm that is all there is."""
+        return "/".join(self.path) or self.kind
+
 
 def norm_table(variables: Any) -> list[Row]:
     """Tells the norms of a tree of variables, without the model that they are of.
@@ -195,7 +200,7 @@ def rich_table(rows: Sequence[Row]) -> Any:
     rich = [_check.needed("inspect", "rich", f"rich.{m}") for m in ("table", "box")]
     table = rich[0].Table(box=rich[1].SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     columns = {
-        "norm": ["/".join(row.path) for row in rows],
+        "norm": [row.name for row in rows],
         "kind": [row.kind for row in rows],
         "features": [str(row.features) for row in rows],
         **{
