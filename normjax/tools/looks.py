@@ -170,7 +170,8 @@ def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
 
     Returns:
       One `Look` for each call of a norm, in the order of the calls; for a norm within a
-      scan one for each layer.
+      scan one for each layer. Modules that share a program of ``nn.jit`` have their
+      norms side by side, by their place in it.
 
     Raises:
       TypeError: if model is neither a linen nor an nnx module, or a norm's input is
