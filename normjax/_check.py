@@ -3,6 +3,7 @@
 Every message has one form: *function: the rule. Got the facts. What to do.*
 """
 
+import importlib
 import numbers
 from typing import Any
 
@@ -278,3 +279,17 @@ def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...
             f"Pass {[half for half in halves if half]}, say",
         )
     return found
+
+
+def needed(name: str, package: str, module: str) -> Any:
+    """Imports a module of a package that ``name`` alone needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as missing:
+        raise error(
+            ImportError,
+            name,
+            f"{package} must be installed",
+            str(missing),
+            f"Type: pip install {package}",
+        ) from missing

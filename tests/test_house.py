@@ -30,8 +30,13 @@ ORDER = {
     "tools.batches": 7,
     "tools.models": 7,
     "tools.replicas": 7,
+    "tools.checkpoints": 7,
+    "tools.looks": 8,
+    "tools.tables": 8,
+    "tools.plots": 9,
     "tools": 10,
     "__init__": 11,
+    "__main__": 12,
 }
 PUBLIC = [
     (module, name)
@@ -109,13 +114,22 @@ def test_public_names_are_those_of_the_design():
         assert {n for m, n in PUBLIC if m is library} == modules
     assert {n for m, n in PUBLIC if m is tools} == {
         "Drift",
+        "Look",
         "Norm",
+        "Rate",
+        "Row",
         "checksum",
+        "effective_rates",
         "find_drift",
         "find_norms",
         "global_batch",
+        "look",
         "merge_replicas",
+        "norm_table",
         "pad_batch",
+        "plot",
+        "plot_table",
+        "scalars",
     }
 
 

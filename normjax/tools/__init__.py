@@ -5,9 +5,18 @@ Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictio
 
 from normjax.tools.batches import global_batch as global_batch
 from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.looks import Look as Look
+from normjax.tools.looks import Rate as Rate
+from normjax.tools.looks import effective_rates as effective_rates
+from normjax.tools.looks import look as look
+from normjax.tools.looks import scalars as scalars
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
+from normjax.tools.plots import plot as plot
+from normjax.tools.plots import plot_table as plot_table
 from normjax.tools.replicas import Drift as Drift
 from normjax.tools.replicas import checksum as checksum
 from normjax.tools.replicas import find_drift as find_drift
 from normjax.tools.replicas import merge_replicas as merge_replicas
+from normjax.tools.tables import Row as Row
+from normjax.tools.tables import norm_table as norm_table
