@@ -30,6 +30,8 @@ ORDER = {
     "tools.batches": 7,
     "tools.models": 7,
     "tools.replicas": 7,
+    "tools.replace": 8,
+    "tools.freeze": 9,
     "tools": 10,
     "__init__": 11,
 }

@@ -4,8 +4,13 @@ Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictio
 """
 
 from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.freeze import freeze as freeze
+from normjax.tools.freeze import unfreeze as unfreeze
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
+from normjax.tools.replace import Replaced as Replaced
+from normjax.tools.replace import find_dropped as find_dropped
+from normjax.tools.replace import replace as replace
 from normjax.tools.replicas import Drift as Drift
 from normjax.tools.replicas import checksum as checksum
 from normjax.tools.replicas import find_drift as find_drift

@@ -1,6 +1,7 @@
 """The norms of a model: which of its modules they are, and others in their place."""
 
 import contextlib
+import fnmatch
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -104,6 +105,56 @@ def kind_of(module: Any) -> str | None:
     return None
 
 
+def patterns(name: str, paths: Any) -> tuple[str, ...]:
+    """Returns one pattern of paths or several as a tuple."""
+    found = (paths,) if isinstance(paths, str) else paths
+    if not isinstance(found, (tuple, list)) or not all(
+        isinstance(p, str) for p in found
+    ):
+        raise _check.error(
+            TypeError,
+            name,
+            "paths must be a pattern of paths, or several",
+            f"paths={paths!r}",
+            'Pass "encoder/*", say',
+        )
+    return tuple(found)
+
+
+def matches(pattern: str, path: tuple[str, ...]) -> bool:
+    """Whether a pattern matches a path, or that of a module which it lies in.
+
+    ``*`` stands for any characters, the slash among them, ``?`` for one, and ``[ab]``
+    for one of those.
+    """
+    above = ("/".join(path[: i + 1]) for i in range(max(len(path), 1)))
+    return any(fnmatch.fnmatchcase(one, pattern) for one in above)
+
+
+def path_of(keys: tuple) -> tuple[str, ...]:
+    """The path in a tree, of keys as JAX has them, as words."""
+    words = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys)
+    return tuple(map(str, words))
+
+
+def variables_of(tree: Any) -> Any:
+    """The state of an nnx module; what is none is a tree already."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx.state(tree) if nnx and isinstance(tree, nnx.Module) else tree
+
+
+def leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The arrays of a tree by their paths; a variable of nnx counts as its array."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    return {path_of(keys): leaf for keys, leaf in found}
+
+
+def is_variable(value: Any) -> bool:
+    """Whether a value is a variable of nnx."""
+    of = getattr(sys.modules.get("flax.nnx"), "Variable", None)
+    return of is not None and isinstance(value, of)
+
+
 def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Returns the shapes of a linen model's variables; computes nothing."""
     leaves, structure = jax.tree.flatten((args, kwargs))
@@ -194,4 +245,20 @@ def nnx_replaced(model: Any, swap: Callable[[tuple, Any], Any]) -> Any:
                 holder[key] = others[id(value)]
             else:
                 setattr(holder, str(key), others[id(value)])
+        for key, value in list(vars(holder).items()):
+            # Of plain containers, which are values and are made anew.
+            if not isinstance(value, (tuple, list, dict)):
+                continue
+            held = jax.tree.leaves(value, is_leaf=_is_nnx)
+            if any(id(v) in others for v in held):
+                new = [others.get(id(v), v) for v in held]
+                structure = jax.tree.structure(value, is_leaf=_is_nnx)
+                setattr(holder, key, nnx.data(jax.tree.unflatten(structure, new)))
     return others.get(id(model), model)
+
+
+def _is_nnx(value: Any) -> bool:
+    """Whether a value is a module or a variable of nnx."""
+    from flax import nnx
+
+    return isinstance(value, (nnx.Module, nnx.Variable))
