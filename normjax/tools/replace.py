@@ -278,8 +278,9 @@ def _fields_of(of: Any) -> list[str]:
     if dataclasses.is_dataclass(of):
         names = [f.name for f in dataclasses.fields(of)]
     else:
-        names = list(inspect.signature(of).parameters)
-    return [n for n in names if n not in ("parent", "name", "rngs", "num_features")]
+        names = list(inspect.signature(of.__init__).parameters)
+    given = ("self", "parent", "name", "rngs", "num_features")
+    return [n for n in names if n not in given]
 
 
 def _at(norm: Norm) -> str:
