@@ -30,6 +30,8 @@ ORDER = {
     "tools.batches": 7,
     "tools.models": 7,
     "tools.replicas": 7,
+    "tools.average": 8,
+    "tools.optimize": 8,
     "tools.replace": 8,
     "tools.freeze": 9,
     "tools": 10,
@@ -112,11 +114,19 @@ def test_public_names_are_those_of_the_design():
     assert {n for m, n in PUBLIC if m is tools} == {
         "Drift",
         "Norm",
+        "Replaced",
+        "RunningVariables",
         "checksum",
+        "decay_mask",
         "find_drift",
+        "find_dropped",
         "find_norms",
+        "freeze",
+        "labels",
         "merge_replicas",
         "pad_batch",
+        "replace",
+        "unfreeze",
     }
 
 

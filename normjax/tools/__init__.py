@@ -3,11 +3,14 @@
 Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictionaries.
 """
 
+from normjax.tools.average import RunningVariables as RunningVariables
 from normjax.tools.batches import pad_batch as pad_batch
 from normjax.tools.freeze import freeze as freeze
 from normjax.tools.freeze import unfreeze as unfreeze
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
+from normjax.tools.optimize import decay_mask as decay_mask
+from normjax.tools.optimize import labels as labels
 from normjax.tools.replace import Replaced as Replaced
 from normjax.tools.replace import find_dropped as find_dropped
 from normjax.tools.replace import replace as replace
