@@ -19,7 +19,7 @@ X = jax.random.normal(jax.random.key(1), (6, 3)) + 2
 
 
 class Block(nn.Module):
-    """Flax's batch norm, normjax's, and a layer norm, told how to normalize by a call."""
+    """Flax's batch norm, normjax's, and a layer norm; the call says how."""
 
     @nn.compact
     def __call__(self, x, train):

@@ -16,12 +16,12 @@ class RunningVariables:
     """An exponential average of a model's variables, without the bias of its start.
 
     After t updates with variables v_1 ... v_t it is ``sum_i(w_i * v_i) / sum_i(w_i)``
-    with ``w_i = (1 - momentum) * momentum**(t - i)``, as of ``optax.ema``: reading after
-    one update gives exactly that update. Running statistics are averaged along with the
-    weights that they belong to, as in timm's ``ModelEma``. They are not quite those that
-    the averaged weights have. What is no quantity to average, such as integers,
-    booleans, random keys and the count of a batch norm, is that of the last update. A
-    frozen pytree, to checkpoint and to pass through jit: `update` returns a new one.
+    with ``w_i = (1 - momentum) * momentum**(t - i)``, as of ``optax.ema``: reading
+    after one update gives exactly that update. Running statistics are averaged along
+    with the weights that they belong to, as in timm's ``ModelEma``; they are not quite
+    those that the averaged weights have. What is no quantity to average, such as
+    integers, booleans, random keys and the count of a batch norm, is that of the last
+    update. A frozen pytree: `update` returns a new one.
 
     Attributes:
       values: the tree of averages, in at least float32: in half precision what a
@@ -149,8 +149,7 @@ def _averaged(tree: Any) -> Any:
         path = path_of(keys)
         counts = any(  # a count beside a mean and a var, in nnx of variables
             path[i:][:1] == ("count",)
-            and {(*path[:i], n, *path[len(path) + i + 1 :]) for n in ("mean", "var")}
-            <= names
+            and {(*path[:i], n, *path[i:][1:]) for n in ("mean", "var")} <= names
             for i in (-1, -2)
         )
         return jnp.issubdtype(a.dtype, jnp.inexact) and not counts
@@ -170,8 +169,8 @@ def _check_like(values: Any, variables: Any) -> None:
         if theirs.get(path) != shape
     ]
     facts += [f"{path}, not in the average" for path in theirs if path not in ours]
-    same = jax.tree.structure(values) == jax.tree.structure(variables)
-    if facts or not same:
+    structures = {jax.tree.structure(tree) for tree in (values, variables)}
+    if facts or len(structures) > 1:
         raise _check.error(
             ValueError,
             "RunningVariables.update",

@@ -20,8 +20,8 @@ def labels(params: Any, groups: Mapping[str, Any], *, other: str = "other") -> A
         ``nnx.state(model, nnx.Param)``.
       groups: for each label the norms, as `find_norms` finds them, or a pattern of
         paths, or several: ``"encoder/*"``. A pattern that matches a module stands for
-        all in it; ``*`` stands for any characters, slashes too. Where several match, the
-        first counts.
+        all in it; ``*`` stands for any characters, slashes too. Where several match,
+        the first counts.
       other: the label of all other parameters.
 
     Returns:
@@ -45,7 +45,7 @@ def labels(params: Any, groups: Mapping[str, Any], *, other: str = "other") -> A
       >>> optimizer = optax.multi_transform(transforms, labels)
     """
     found = {path: other for path in leaves(params)}
-    for label, group in reversed(groups.items()):
+    for label, group in reversed([*groups.items()]):
         for path in _paths("labels", group, list(found)):
             found[path] = label
     return _by_path(found, params)

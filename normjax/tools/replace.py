@@ -289,9 +289,12 @@ def _at(norm: Norm) -> str:
 
 def _check_groups(norm: Norm, fields: Mapping, shape: tuple[int, ...]) -> None:
     """Refuses groups that do not divide the features, and says where."""
-    what = "num_groups" if fields["group_size"] is None else "group_size"
+    size = fields.get("group_size")
+    what, value = "group_size", size
+    if size is None:
+        what, value = "num_groups", fields.get("num_groups", 32)
     of = f"features of {_at(norm)}"
-    _axes.divisor("replace", what, fields[what], (-1,), of, shape)
+    _axes.divisor("replace", what, value, (-1,), of, shape)
 
 
 def _check_found(rule: Rule, norms: list[Norm], elsewhere: Any = ()) -> None:
@@ -467,7 +470,8 @@ class Replaced:
         """Variables of the model, as those of the replaced one.
 
         What old and new norms both have is carried over, what only the new ones have is
-        initialized, what only the old ones have is dropped. All else stays as it is.
+        initialized, what only the old ones have is dropped. What comes in place of a
+        norm and is none is initialized whole. All else stays as it is.
 
         Args:
           variables: those of the model.
@@ -495,15 +499,19 @@ class Replaced:
         old = flatten_dict(abstract_init(self.model, *args, **kwargs))
         new = flatten_dict(abstract_init(self, *args, **kwargs))
         given = flatten_dict(variables, keep_empty_nodes=True)
-        changed = [p for p, steps in self._steps.items() if steps[0] is not steps[-1]]
-
-        def of_norm(name: tuple[str, ...]) -> bool:
-            return any(name[1 : 1 + len(path)] == path for path in changed)
-
-        for name in filter(of_norm, old | new):
-            if name in given and name in new:
-                _check_shapes(name, given[name], new[name])
-            elif name not in given and name in old:
+        # Paths of what was replaced, and whether by a norm, which keeps parameters.
+        changed = {
+            path: steps[-1].kind != ""
+            for path, steps in self._steps.items()
+            if steps[0] is not steps[-1]
+        }
+        kept: dict[tuple[str, ...], Any] = {}
+        dropped = []
+        for name in old | new | given:
+            at = next((p for p in changed if name[1 : 1 + len(p)] == p), None)
+            if at is None:
+                kept |= {name: given[name]} if name in given else {}
+            elif name in old and name not in given:
                 raise _check.error(
                     ValueError,
                     "convert",
@@ -511,13 +519,16 @@ class Replaced:
                     f"none at {'/'.join(name)}",
                     "Pass what the model's init or its training returned, whole",
                 )
-        kept = {k: v for k, v in given.items() if k in new or not of_norm(k)}
-        fresh = [name for name in new if of_norm(name) and name not in given]
+            elif name in given and name in new and changed[at]:
+                kept[name] = _like(name, given[name], new[name])
+            elif name in given:
+                dropped.append("/".join(name))
+        fresh = [n for n in new if n not in kept and (n not in old or n in given)]
         if fresh:
             args, kwargs = jax.tree.map(_filled, (args, kwargs))
             initial = flatten_dict(self.init(jax.random.key(0), *args, **kwargs))
             kept |= {name: initial[name] for name in fresh}
-        return unflatten_dict(kept), ["/".join(k) for k in given if k not in kept]
+        return unflatten_dict(kept), dropped
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -616,8 +627,8 @@ def _filled(a: Any) -> Any:
     return jnp.zeros(a.shape, a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a
 
 
-def _check_shapes(name: tuple[str, ...], given: Any, new: Any) -> None:
-    """Refuses a variable that is not of the shape that the new norm has."""
+def _like(name: tuple[str, ...], given: Any, new: Any) -> Any:
+    """A variable that is carried over; refuses one of another shape."""
     from flax.core import meta
 
     shapes = [jnp.shape(meta.unbox(a)) for a in (given, new)]
@@ -630,6 +641,7 @@ def _check_shapes(name: tuple[str, ...], given: Any, new: Any) -> None:
             "Pass the variables of this model, and a new norm with parameters like"
             " those of the old one",
         )
+    return given
 
 
 def find_dropped(before: Any, after: Any) -> list[str]:
@@ -669,18 +681,18 @@ def _replaced_in_nnx(model: Any, rule: Rule) -> Any:
 
 def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
     """What comes in place of a norm, with the variables that both have."""
+    import flax.linen as nn
     from flax import nnx
 
     import normjax.nnx
 
     old = norm.module
     if not isinstance(rule.new, str):
-        new = None if isinstance(rule.new, nnx.Module) else rule.new(norm)
-        if isinstance(rule.new, nnx.Module) or not isinstance(
-            new, (nnx.Module, type(None))
-        ):
+        made = not isinstance(rule.new, (nn.Module, nnx.Module))
+        new = rule.new(norm) if made else rule.new
+        if not made or not isinstance(new, (nnx.Module, type(None))):
             wanted = "an nnx module of its own, made by a function of the norm"
-            raise _no_module(rule, norm, new or rule.new, wanted)
+            raise _no_module(rule, norm, new, wanted)
         return new
     if rule.new == "none":
         adds = type(old).__name__.startswith("Add")
