@@ -119,7 +119,7 @@ def test_flax_is_replaced_by_the_same_of_normjax(quick_compile):
         )(variables)
 
     same_bits(run(same), run(Kinds(linen)))
-    found = same.norms(X)
+    found = tools.find_norms(same, X)
     assert kinds(found) == kinds(tools.find_norms(Kinds(), X))
     assert all(type(n.module).__module__ == "normjax.linen" for n in found)
     assert same.convert(variables, X) == (variables, [])
@@ -146,7 +146,7 @@ def test_every_kind_becomes_what_it_can(old, new):
     variables = trained(models.abstract_init(Kinds(), X))
     converted, dropped = model.convert(variables, X)
     kind = "RMSNorm" if new == "rms" else f"{new.capitalize()}Norm"
-    found = {"/".join(n.path): n for n in model.norms(X)}
+    found = {"/".join(n.path): n for n in tools.find_norms(model, X)}
     assert kinds(found.values()) == {
         **kinds(tools.find_norms(Kinds(), X)),
         old: kind,
@@ -166,11 +166,11 @@ def test_every_kind_becomes_what_it_can(old, new):
 def test_all_norms_at_once_become_layer_norms_or_none(quick_compile):
     variables = trained(models.abstract_init(Kinds(), X))
     layers = tools.replace(Kinds(), "any", "layer")
-    assert set(kinds(layers.norms(X)).values()) == {"LayerNorm"}
+    assert set(kinds(tools.find_norms(layers, X)).values()) == {"LayerNorm"}
     assert layers.apply(layers.convert(variables, X)[0], X).shape == X.shape
     none = tools.replace(Kinds(), "any", "none")
     converted, _ = none.convert(variables, X)
-    assert none.norms(X) == [] and list(converted["params"]) == ["Dense_0"]
+    assert tools.find_norms(none, X) == [] and list(converted["params"]) == ["Dense_0"]
     dense = {"params": converted["params"]["Dense_0"]}
     same_bits(none.apply(converted, X, True), nn.Dense(4).apply(dense, X))
 
@@ -181,7 +181,7 @@ def test_rules_follow_one_another_by_path_and_kind(quick_compile):
     model = tools.replace(model, "instance", lambda norm: nn.Dense(3))
     model = tools.replace(model, "group", lambda norm: None)
     model = tools.replace(model, "rms", lambda norm: jnp.tanh, paths="rms")
-    assert kinds(model.norms(X)) == {
+    assert kinds(tools.find_norms(model, X)) == {
         "batch": "RMSNorm",
         "layer": "RMSNorm",
         "group": "GroupNorm",
@@ -217,6 +217,23 @@ def test_what_was_compiled_for_the_model_is_not_what_is_replaced():
     for _ in range(2):
         same_bits(none.apply(variables, X), X)
         same_bits(Jitted().apply(variables, X), want)
+
+
+def test_a_substitution_around_sees_the_norms_that_there_are_now():
+    """As a tool would that measures statistics, frozen ones too."""
+    model = nn.BatchNorm(use_running_average=True)
+    variables = model.init(jax.random.key(0), X)
+    seen = []
+
+    def measured(module):
+        seen.append((type(module), module.normalize_with))
+        return linen.BatchNorm(False, momentum=0.0, parent=module.scope.rewound())
+
+    with models.substituted(measured):
+        apply = tools.freeze(model).apply
+        _, updates = apply(variables, X, mutable=["batch_stats"])
+    assert seen == [(linen.BatchNorm, "running")]
+    assert_close(updates["batch_stats"]["mean"], X.mean((0, 1)), 10)
 
 
 def test_added_residuals_stay_added(quick_compile):
@@ -333,6 +350,52 @@ def test_nnx_norms_are_left_out_everywhere_and_made_by_functions(of_nnx):
     assert rms.layers[0] is rms.again and rms.again.epsilon == 1e-3
     added = normjax.nnx.AddLayerNorm(4, rngs=nnx.Rngs(0))
     assert type(tools.replace(added, "layer", "rms")) is normjax.nnx.AddRMSNorm
+
+
+class Stack(nnx.Module):
+    """Batch norms stacked by vmap, called by scan and remat."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs):
+            return nnx.BatchNorm(4, rngs=rngs)
+
+        self.norm = stacked(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @nnx.remat
+        def over(x, norm):
+            return jnp.tanh(norm(x))
+
+        return over(x, self.norm)
+
+
+def test_nnx_norms_are_replaced_and_frozen_in_a_stack():
+    model = Stack(nnx.Rngs(0))
+    nnx.update(model, trained(nnx.state(model)))
+    before = nnx.to_pure_dict(nnx.state(model))
+    group = tools.replace(model, "batch", "group", num_groups=2)
+    want = X
+    for i in range(2):
+        params = {k: before["norm"][k][i] for k in ("scale", "bias")}
+        norm = linen.GroupNorm(2, epsilon=1e-5)
+        want = jnp.tanh(norm.apply({"params": params}, want))
+    call = nnx.jit(lambda model, x: model(x))
+    assert_close(call(group, X), want, 5)
+    frozen = tools.freeze(model)
+    call(frozen, X)
+    same_bits(nnx.to_pure_dict(nnx.state(frozen)), before)
+    call(tools.unfreeze(frozen), X)
+    with raises(
+        ValueError,
+        "replace: a new norm in a stack can only have variables that the old one has."
+        " Got scale of shape (2, 4), bias of shape (2, 4), mean of shape (2, 4), var"
+        " of shape (2, 4), count of shape (4,) for norm. Replace the norms before they"
+        " are stacked, or leave such fields out.",
+    ):
+        tools.replace(model, "batch", "same", debias=True)
 
 
 def test_nnx_batch_norm_is_synced():

@@ -1,6 +1,7 @@
 """The norms of a model: which of its modules they are, and others in their place."""
 
 import contextlib
+import contextvars
 import fnmatch
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,10 @@ import jax
 
 from normjax import _check
 
+# Of each `substituted` around a call: what calls a module, and whom it is calling.
+_substitutions: contextvars.ContextVar[tuple] = contextvars.ContextVar(
+    "substitutions", default=()
+)
 KINDS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 
 
@@ -40,7 +45,7 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
     the norms that such a call reaches. An nnx model is walked through.
 
     Args:
-      model: a linen or nnx module.
+      model: a linen or nnx module, or what `replace` returned.
       *args: for linen: arguments of the model's call; arrays or
         ``jax.ShapeDtypeStruct``. What is neither is passed on as it is.
       **kwargs: the same, by name.
@@ -84,6 +89,8 @@ def system_of(name: str, model: Any) -> str:
     for system in ("linen", "nnx"):
         module = getattr(sys.modules.get(f"flax.{system}"), "Module", None)
         if module is not None and isinstance(model, module):
+            return system
+        if getattr(type(model), "_system", None) == system:  # a model replaced
             return system
     raise _check.error(
         TypeError,
@@ -191,11 +198,11 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
 
     swapped: list[tuple[str, ...]] = []
     inside: list[Any] = []  # a call within a call of the same variables is not swapped
+    outer = _substitutions.get()
 
-    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def called(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        """Calls what is swapped for a module; else what the ones around would swap."""
         module = context.module
-        if context.method_name != "__call__" or module.scope is None:
-            return call(*args, **kwargs)
         place = (module.scope.root, module.path)
         if any(place == p for p in inside):
             return call(*args, **kwargs)
@@ -204,12 +211,32 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
             swapped.append(module.path)
         inside.append(place)
         try:
-            return (call if other is None else other)(*args, **kwargs)
+            if other is not None:
+                return other(*args, **kwargs)
+            if outer:
+                return outer[-1][0](call, args, kwargs, context)
+            return call(*args, **kwargs)
         finally:
             inside.pop()
 
-    with nn.intercept_methods(interceptor):
-        yield swapped
+    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        # Those within come first, and this one sees what they have made of a module:
+        # of a replaced model, the norms that it has now.
+        place = (module.scope.root, module.path)
+        within = _substitutions.get()[len(outer) + 1 :]
+        if any(place not in calling for _, calling in within):
+            return call(*args, **kwargs)
+        return called(call, args, kwargs, context)
+
+    token = _substitutions.set((*outer, (called, inside)))
+    try:
+        with nn.intercept_methods(interceptor):
+            yield swapped
+    finally:
+        _substitutions.reset(token)
 
 
 def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:

@@ -334,7 +334,8 @@ class Replaced:
     """A linen model with other norms in place of some, as `replace` returns it.
 
     Its methods do what those of the model do, under jit, grad, scan, remat and device
-    axes too. Variables have the paths that they have in the model.
+    axes too, and `find_norms` finds the norms that it has now. Variables have the paths
+    that they have in the model.
 
     Attributes:
       model: the model, as it is.
@@ -353,6 +354,8 @@ class Replaced:
       >>> replaced.apply(variables, jnp.ones((2, 3))).shape
       (2, 4)
     """
+
+    _system = "linen"
 
     def __init__(self, model: Any, rules: tuple[Rule, ...]):
         self.model = model
@@ -439,30 +442,6 @@ class Replaced:
             returned = self.model.apply(variables, *args, **kwargs)
         self._check(variables)
         return returned
-
-    def norms(self, *args: Any, **kwargs: Any) -> list[Norm]:
-        """The norms after the replacement, as `find_norms` finds those of a model.
-
-        Args:
-          *args: arguments of the model's call: arrays or ``jax.ShapeDtypeStruct``.
-          **kwargs: the same, by name.
-
-        Returns:
-          The norms, those that came and those that stayed.
-
-        Raises:
-          ValueError: as `init`.
-
-        Example:
-          >>> import flax.linen as nn
-          >>> import jax.numpy as jnp
-          >>> from normjax import tools
-          >>> replaced = tools.replace(nn.LayerNorm(), "layer", "rms")
-          >>> [norm.kind for norm in replaced.norms(jnp.ones((2, 3)))]
-          ['RMSNorm']
-        """
-        abstract_init(self, *args, **kwargs)
-        return [steps[-1] for steps in self._steps.values() if steps[-1].kind]
 
     def convert(
         self, variables: Mapping, *args: Any, **kwargs: Any
@@ -706,9 +685,21 @@ def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
     if norm.kind == "BatchNorm" and of is not normjax.nnx.BatchNorm:
         of = _nnx_called_as_batch_norm(of)
     new = of(features, **fields, rngs=nnx.Rngs(0))
+    shapes = []
     for name in ("scale", "bias", "mean", "var", "count"):
-        if getattr(old, name, None) is not None and getattr(new, name, None):
-            setattr(new, name, getattr(old, name))
+        if getattr(new, name, None) is not None:
+            if getattr(old, name, None) is not None:
+                setattr(new, name, getattr(old, name))
+            shapes.append((name, jnp.shape(getattr(new, name))))
+    if len({shape for _, shape in shapes}) > 1:  # of modules stacked by nnx.vmap
+        raise _check.error(
+            ValueError,
+            rule.name,
+            "a new norm in a stack can only have variables that the old one has",
+            ", ".join(f"{name} of shape {shape}" for name, shape in shapes)
+            + f" for {_at(norm)}",
+            "Replace the norms before they are stacked, or leave such fields out",
+        )
     return new
 
 
