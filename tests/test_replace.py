@@ -48,11 +48,11 @@ class Kinds(nn.Module):
 
 
 class Jitted(nn.Module):
-    """A part that is compiled for itself."""
+    """Parts that are alike, and compiled once."""
 
     @nn.compact
     def __call__(self, x):
-        return JittedPart(name="part")(x)
+        return JittedPart(name="one")(x), JittedPart(name="two")(x)
 
 
 @nn.jit
@@ -215,8 +215,20 @@ def test_what_was_compiled_for_the_model_is_not_what_is_replaced():
     want = Jitted().apply(variables, X)
     none = tools.replace(Jitted(), "any", "none")
     for _ in range(2):
-        same_bits(none.apply(variables, X), X)
+        same_bits(none.apply(variables, X), (X, X))
         same_bits(Jitted().apply(variables, X), want)
+    for one in (
+        tools.replace(Jitted(), "any", "none", paths="two"),
+        tools.replace(Jitted(), "any", lambda norm: None),
+    ):
+        with raises(
+            ValueError,
+            "replace: within nn.jit, which compiles equal modules once for all their"
+            " paths, norms must be replaced alike. Got one/norm within nn.jit, and paths"
+            ' or a function that tell norms apart. Pass paths="*" and no function, or'
+            " take nn.jit out of the model and put jax.jit around apply.",
+        ):
+            one.apply(variables, X)
 
 
 def test_a_substitution_around_sees_the_norms_that_there_are_now():
@@ -332,6 +344,8 @@ def test_nnx_batch_norm_becomes_another_that_may_be_called_alike(of_nnx, new):
     written = written(4, *args, epsilon=1e-5, rngs=nnx.Rngs(0))
     nnx.update(written, nnx.state(other.batch))
     same_bits(other.batch(X, True), written(X))
+    again = tools.replace(other, "any", "same")
+    same_bits(again.batch(X, use_running_average=True), written(X))
 
 
 def test_nnx_norms_are_left_out_everywhere_and_made_by_functions(of_nnx):

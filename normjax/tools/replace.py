@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -41,8 +42,7 @@ _SWITCHES: dict[str, dict[str, Any]] = {
     "unfrozen": {"normalize_with": None, "update_statistics": None},
 }
 _NEW = (*_CLASSES, "synced", "frozen", "none")
-# Programs of replaced models are compiled apart from those of the models themselves,
-# wherever in the model jit stands.
+# What jit within a model has compiled is for one replaced model alone.
 _compiled_for = jax.make_user_context(None)
 
 
@@ -75,6 +75,11 @@ class Rule(NamedTuple):
     def matches(self, path: tuple[str, ...]) -> bool:
         """Whether it is about norms at this path."""
         return any(matches(p, path) for p in self.paths)
+
+    def is_for_all(self) -> bool:
+        """Whether it treats norms alike wherever they are."""
+        asks = callable(self.new) and not hasattr(self.new, "clone")
+        return "*" in self.paths and not asks
 
     def __str__(self) -> str:
         """The norms that it is about, in words."""
@@ -189,13 +194,10 @@ def _word(kind: str) -> str:
 
 
 def _made(rule: Rule, norm: Norm, library: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns the class of normjax, None for no norm, and the fields of a new norm."""
-    if rule.new == "none":
-        return None, {}
+    """Returns the class of normjax of a new norm, and its fields."""
     word = _word(norm.kind) if rule.new == "same" else rule.new
     kind = "BatchNorm" if word in _SWITCHES else _CLASSES[word]
-    added = type(norm.module).__name__.startswith("Add")
-    of = getattr(library, ("Add" if added else "") + kind, None)
+    of = getattr(library, ("Add" if _adds(norm.module) else "") + kind, None)
     if of is None:
         raise _check.error(
             ValueError,
@@ -225,6 +227,12 @@ def _made(rule: Rule, norm: Norm, library: Any) -> tuple[Any, dict[str, Any]]:
         by_size = "group_size" in rule.fields or fields.get("num_groups") is None
         fields |= {"num_groups": None} if by_size else {"group_size": None}
     return of, fields
+
+
+def _adds(module: Any) -> bool:
+    """Whether a norm adds a residual first."""
+    names = {base.__name__ for base in type(module).__mro__}
+    return bool(names & {"AddLayerNorm", "AddRMSNorm"})
 
 
 def _translated(rule: Rule, norm: Norm, kind: str, fields: dict) -> dict:
@@ -520,6 +528,17 @@ class Replaced:
         if kind is None:
             return None
         norm = Norm(module.path, kind, module.clone(parent=None))
+        if not all(rule.is_for_all() for rule in self.rules) and _is_within_nn_jit():
+            raise _check.error(
+                ValueError,
+                self.rules[-1].name,
+                "within nn.jit, which compiles equal modules once for all their paths,"
+                " norms must be replaced alike",
+                f"{_at(norm)} within nn.jit, and paths or a function that tell norms"
+                " apart",
+                'Pass paths="*" and no function, or take nn.jit out of the model and'
+                " put jax.jit around apply",
+            )
         steps = [norm]
         for rule in self.rules:
             if rule.wants(norm) and rule.matches(norm.path):
@@ -537,6 +556,17 @@ class Replaced:
         for i, rule in enumerate(self.rules):
             norms = [steps[i] for steps in self._steps.values() if steps[i].kind]
             _check_found(rule, norms, modules - set(self._steps))
+
+
+def _is_within_nn_jit() -> bool:
+    """Whether a module is called, to be compiled, by the jit of Flax's linen."""
+    frame = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "jitted" and frame.f_globals["__name__"] == "flax.core.lift":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _new_in_linen(rule: Rule, norm: Norm) -> Norm:
@@ -674,15 +704,15 @@ def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
             raise _no_module(rule, norm, new, wanted)
         return new
     if rule.new == "none":
-        adds = type(old).__name__.startswith("Add")
-        return _nnx_no_norm()(adds, getattr(old, "activation", None))
+        return _nnx_no_norm()(_adds(old), getattr(old, "activation", None))
     of, fields = _made(rule, norm, normjax.nnx)
     features = getattr(old, "num_features", None)
     if features is None:  # of Flax's group norm
         features = old.num_groups * old.group_size
     if of is normjax.nnx.GroupNorm:
         _check_groups(norm, fields, (features,))
-    if norm.kind == "BatchNorm" and of is not normjax.nnx.BatchNorm:
+    takes = inspect.signature(type(old).__call__).parameters
+    if "use_running_average" in takes and of is not normjax.nnx.BatchNorm:
         of = _nnx_called_as_batch_norm(of)
     new = of(features, **fields, rngs=nnx.Rngs(0))
     shapes = []
@@ -690,7 +720,7 @@ def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
         if getattr(new, name, None) is not None:
             if getattr(old, name, None) is not None:
                 setattr(new, name, getattr(old, name))
-            shapes.append((name, jnp.shape(getattr(new, name))))
+            shapes.append((name, getattr(new, name).shape))
     if len({shape for _, shape in shapes}) > 1:  # of modules stacked by nnx.vmap
         raise _check.error(
             ValueError,
