@@ -144,3 +144,29 @@ def test_a_copy_of_an_nnx_model_has_the_others_in_all_places():
     copy(X)
     assert not model.again.mean[...].any()
     assert other.mean[...].any()
+
+
+@pytest.mark.parametrize("declines", [False, True])
+def test_a_substitution_sees_what_those_within_it_have_made(declines):
+    variables = jax.eval_shape(Scanned().init, jax.random.key(0), X)
+    variables = jax.tree.map(lambda a: jnp.ones(a.shape), variables)
+    seen = []
+
+    def outer(module):
+        seen.append((module.path, getattr(module, "epsilon", None)))
+        return last_batch(module)
+
+    def inner(module):
+        if declines or models.kind_of(module) != "BatchNorm":
+            return None
+        return linen.BatchNorm(False, epsilon=1.0, parent=module.scope.rewound())
+
+    def call():
+        return Scanned().apply(variables, X, mutable=["batch_stats"])
+
+    with models.substituted(outer) as of_outer, models.substituted(inner) as of_inner:
+        jax.eval_shape(call)
+    assert set(of_outer) == {("block", "a"), ("block", "b")}
+    assert set(of_inner) == (set() if declines else set(of_outer))
+    epsilons = {epsilon for path, epsilon in seen if path in of_outer}
+    assert epsilons == {1e-5 if declines else 1.0}

@@ -3,8 +3,11 @@
 Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictionaries.
 """
 
+from normjax.tools.average import RunningVariables as RunningVariables
 from normjax.tools.batches import global_batch as global_batch
 from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.freeze import freeze as freeze
+from normjax.tools.freeze import unfreeze as unfreeze
 from normjax.tools.looks import Look as Look
 from normjax.tools.looks import Rate as Rate
 from normjax.tools.looks import effective_rates as effective_rates
@@ -12,8 +15,13 @@ from normjax.tools.looks import look as look
 from normjax.tools.looks import scalars as scalars
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
+from normjax.tools.optimize import decay_mask as decay_mask
+from normjax.tools.optimize import labels as labels
 from normjax.tools.plots import plot as plot
 from normjax.tools.plots import plot_table as plot_table
+from normjax.tools.replace import Replaced as Replaced
+from normjax.tools.replace import find_dropped as find_dropped
+from normjax.tools.replace import replace as replace
 from normjax.tools.replicas import Drift as Drift
 from normjax.tools.replicas import checksum as checksum
 from normjax.tools.replicas import find_drift as find_drift

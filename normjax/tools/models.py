@@ -1,6 +1,8 @@
 """The norms of a model: which of its modules they are, and others in their place."""
 
 import contextlib
+import contextvars
+import fnmatch
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,6 +11,10 @@ import jax
 
 from normjax import _check
 
+# Of each `substituted` around a call: what calls a module, and whom it is calling.
+_substitutions: contextvars.ContextVar[tuple] = contextvars.ContextVar(
+    "substitutions", default=()
+)
 KINDS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 
 
@@ -39,7 +45,7 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
     the norms that such a call reaches. An nnx model is walked through.
 
     Args:
-      model: a linen or nnx module.
+      model: a linen or nnx module, or what `replace` returned.
       *args: for linen: arguments of the model's call; arrays or
         ``jax.ShapeDtypeStruct``. What is neither is passed on as it is.
       **kwargs: the same, by name.
@@ -84,6 +90,8 @@ def system_of(name: str, model: Any) -> str:
         module = getattr(sys.modules.get(f"flax.{system}"), "Module", None)
         if module is not None and isinstance(model, module):
             return system
+        if getattr(type(model), "_system", None) == system:  # a model replaced
+            return system
     raise _check.error(
         TypeError,
         name,
@@ -102,6 +110,56 @@ def kind_of(module: Any) -> str | None:
             if of_kind is not None and isinstance(module, of_kind):
                 return kind
     return None
+
+
+def patterns(name: str, paths: Any) -> tuple[str, ...]:
+    """Returns one pattern of paths or several as a tuple."""
+    found = (paths,) if isinstance(paths, str) else paths
+    if not isinstance(found, (tuple, list)) or not all(
+        isinstance(p, str) for p in found
+    ):
+        raise _check.error(
+            TypeError,
+            name,
+            "paths must be a pattern of paths, or several",
+            f"paths={paths!r}",
+            'Pass "encoder/*", say',
+        )
+    return tuple(found)
+
+
+def matches(pattern: str, path: tuple[str, ...]) -> bool:
+    """Whether a pattern matches a path, or that of a module which it lies in.
+
+    ``*`` stands for any characters, the slash among them, ``?`` for one, and ``[ab]``
+    for one of those.
+    """
+    above = ("/".join(path[: i + 1]) for i in range(max(len(path), 1)))
+    return any(fnmatch.fnmatchcase(one, pattern) for one in above)
+
+
+def path_of(keys: tuple) -> tuple[str, ...]:
+    """The path in a tree, of keys as JAX has them, as words."""
+    words = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys)
+    return tuple(map(str, words))
+
+
+def variables_of(tree: Any) -> Any:
+    """The state of an nnx module; what is none is a tree already."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx.state(tree) if nnx and isinstance(tree, nnx.Module) else tree
+
+
+def leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The arrays of a tree by their paths; a variable of nnx counts as its array."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    return {path_of(keys): leaf for keys, leaf in found}
+
+
+def is_variable(value: Any) -> bool:
+    """Whether a value is a variable of nnx."""
+    of = getattr(sys.modules.get("flax.nnx"), "Variable", None)
+    return of is not None and isinstance(value, of)
 
 
 def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,11 +198,11 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
 
     swapped: list[tuple[str, ...]] = []
     inside: list[Any] = []  # a call within a call of the same variables is not swapped
+    outer = _substitutions.get()
 
-    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def called(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        """Calls what is swapped for a module; else what the ones around would swap."""
         module = context.module
-        if context.method_name != "__call__" or module.scope is None:
-            return call(*args, **kwargs)
         place = (module.scope.root, module.path)
         if any(place == p for p in inside):
             return call(*args, **kwargs)
@@ -153,12 +211,32 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
             swapped.append(module.path)
         inside.append(place)
         try:
-            return (call if other is None else other)(*args, **kwargs)
+            if other is not None:
+                return other(*args, **kwargs)
+            if outer:
+                return outer[-1][0](call, args, kwargs, context)
+            return call(*args, **kwargs)
         finally:
             inside.pop()
 
-    with nn.intercept_methods(interceptor):
-        yield swapped
+    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        # Those within come first, and this one sees what they have made of a module:
+        # of a replaced model, the norms that it has now.
+        place = (module.scope.root, module.path)
+        within = _substitutions.get()[len(outer) + 1 :]
+        if any(place not in calling for _, calling in within):
+            return call(*args, **kwargs)
+        return called(call, args, kwargs, context)
+
+    token = _substitutions.set((*outer, (called, inside)))
+    try:
+        with nn.intercept_methods(interceptor):
+            yield swapped
+    finally:
+        _substitutions.reset(token)
 
 
 def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:
@@ -194,4 +272,20 @@ def nnx_replaced(model: Any, swap: Callable[[tuple, Any], Any]) -> Any:
                 holder[key] = others[id(value)]
             else:
                 setattr(holder, str(key), others[id(value)])
+        for key, value in list(vars(holder).items()):
+            # Of plain containers, which are values and are made anew.
+            if not isinstance(value, (tuple, list, dict)):
+                continue
+            held = jax.tree.leaves(value, is_leaf=_is_nnx)
+            if any(id(v) in others for v in held):
+                new = [others.get(id(v), v) for v in held]
+                structure = jax.tree.structure(value, is_leaf=_is_nnx)
+                setattr(holder, key, nnx.data(jax.tree.unflatten(structure, new)))
     return others.get(id(model), model)
+
+
+def _is_nnx(value: Any) -> bool:
+    """Whether a value is a module or a variable of nnx."""
+    from flax import nnx
+
+    return isinstance(value, (nnx.Module, nnx.Variable))

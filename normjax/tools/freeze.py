@@ -1,0 +1,78 @@
+"""Batch norms with frozen statistics."""
+
+from typing import Any
+
+from normjax.tools.models import patterns
+from normjax.tools.replace import Rule, replaced
+
+
+def freeze(model: Any, paths: Any = "*") -> Any:
+    """Freezes the statistics of a model's batch norms.
+
+    They normalize by their running statistics, and leave them as they are, whatever the
+    call says and whatever ``train()`` sets. Each is then the affine map
+    ``x * (scale * rstd) + (bias - mean * scale * rstd)``, with
+    ``rstd = 1 / sqrt(var + epsilon)``, and has its gradients: what fine-tuning on small
+    batches needs. Their parameters are trained, unless the optimizer leaves them out:
+    see `labels`.
+
+    Args:
+      model: a linen or nnx module, or what `replace` returned.
+      paths: a pattern of paths, or several: ``"encoder/*"``. A pattern that matches a
+        module stands for all in it; ``*`` stands for any characters, slashes too.
+
+    Returns:
+      For nnx a copy of the model. For linen a `Replaced`, with ``init`` and ``apply``
+      as the model has them, for the same variables.
+
+    Raises:
+      TypeError: if model is no module.
+      ValueError: if a pattern matches no batch norm; for linen in ``init`` and
+        ``apply``.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax import tools
+      >>> model = nn.BatchNorm()
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = model.init(jax.random.key(0), x, use_running_average=False)
+      >>> frozen = tools.freeze(model)
+      >>> y, updates = frozen.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+      ... )
+      >>> y.round(1).tolist(), updates["batch_stats"]["mean"]
+      ([[1.0], [3.0]], Array([0.], dtype=float32))
+    """
+    return replaced(
+        model, Rule("freeze", "batch", "frozen", patterns("freeze", paths), {})
+    )
+
+
+def unfreeze(model: Any, paths: Any = "*") -> Any:
+    """Takes `freeze` back: calls and ``train()`` decide again on the statistics.
+
+    Args:
+      model: what `freeze` returned, or a model whose batch norms have the fields
+        ``normalize_with="running"`` and ``update_statistics=False``, which are then
+        None.
+      paths: a pattern of paths, or several, as of `freeze`.
+
+    Returns:
+      What `freeze` returns.
+
+    Raises:
+      TypeError: if model is no module.
+      ValueError: if a pattern matches no frozen batch norm; for linen in ``init`` and
+        ``apply``.
+
+    Example:
+      >>> from flax import nnx
+      >>> from normjax import tools
+      >>> frozen = tools.freeze(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+      >>> frozen.normalize_with, tools.unfreeze(frozen).normalize_with
+      ('running', None)
+    """
+    return replaced(
+        model, Rule("unfreeze", "batch", "unfrozen", patterns("unfreeze", paths), {})
+    )
