@@ -28,9 +28,12 @@ ORDER = {
     "linen": 6,
     "nnx": 6,
     "tools.batches": 7,
+    "tools.files": 7,
+    "tools.presets": 7,
     "tools.replicas": 7,
-    "tools": 8,
-    "__init__": 9,
+    "tools.convert": 8,
+    "tools": 9,
+    "__init__": 10,
 }
 PUBLIC = [
     (module, name)
@@ -110,8 +113,19 @@ def test_public_names_are_those_of_the_design():
         "Drift",
         "checksum",
         "find_drift",
+        "from_equinox",
+        "from_haiku",
+        "from_keras",
+        "from_torch",
         "merge_replicas",
         "pad_batch",
+        "preset",
+        "read_weights",
+        "to_equinox",
+        "to_haiku",
+        "to_keras",
+        "to_torch",
+        "write_weights",
     }
 
 

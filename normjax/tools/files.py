@@ -1,7 +1,7 @@
 """Files of weights: read without running anything that is in them, written whole.
 
-A file says how much it holds before it is believed: what is declared is compared with the
-size of the file first, and only then is memory taken.
+A file says how much it holds before it is believed: what is declared is compared with
+the size of the file first, and only then is memory taken.
 """
 
 import importlib
@@ -48,22 +48,22 @@ _AGAIN = "Get the file again from where it came from"
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads a file of weights, as arrays by name.
 
-    ``.safetensors`` needs no package. ``.keras``, ``.weights.h5`` and ``.h5`` need h5py; of
-    them only plain datasets that lie in the file as they are, as Keras writes them. ``.pt``
-    and ``.pth`` need torch, and go through ``torch.load(weights_only=True)``. Nothing is
-    ever unpickled otherwise.
+    ``.safetensors`` needs no package. ``.keras``, ``.weights.h5`` and ``.h5`` need
+    h5py; of them only plain datasets that lie in the file as they are, as Keras writes
+    them. ``.pt`` and ``.pth`` need torch, and go through
+    ``torch.load(weights_only=True)``. Nothing is ever unpickled otherwise.
 
     Args:
       path: of the file; the end of its name says what it is.
 
     Returns:
-      Arrays by name, bfloat16 among them, in the order of the file: PyTorch's names in a
-      state dict, ``layers/dense/vars/0`` of Keras.
+      Arrays by name, bfloat16 among them, in the order of the file: PyTorch's names in
+      a state dict, ``layers/dense/vars/0`` of Keras.
 
     Raises:
-      ValueError: if the name's end is not one of these; if the file is cut off, declares
-        more than it has, or holds what is not plain arrays: links, virtual, external,
-        compressed or object datasets, code.
+      ValueError: if the name's end is not one of these; if the file is cut off,
+        declares more than it has, or holds what is not plain arrays: links, virtual,
+        external, compressed or object datasets, code.
       ImportError: if the package for it is missing.
 
     Example:
@@ -107,8 +107,8 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
       weights: arrays by name.
 
     Raises:
-      ValueError: if the name ends in something else, or an array has a dtype that such a
-        file has no name for.
+      ValueError: if the name ends in something else, or an array has a dtype that such
+        a file has no name for.
       ImportError: if h5py is missing for ``.h5``.
 
     Example:
@@ -155,8 +155,8 @@ def _refused(path: Any, rule: str, got: str, todo: str = _AGAIN) -> Exception:
     return _check.error(ValueError, "read_weights", rule, f"{path}: {got}", todo)
 
 
-# .safetensors: the size of the header in 8 bytes, the header in JSON, and the bytes of all
-# arrays. https://github.com/huggingface/safetensors#format
+# .safetensors: the size of the header in 8 bytes, the header in JSON, and the bytes of
+# all arrays. https://github.com/huggingface/safetensors#format
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -197,7 +197,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _header(path: pathlib.Path, text: bytes) -> dict[str, tuple]:
-    """The dtype, shape, begin and end of each array, by name, as they lie in the file."""
+    """The dtype, shape, begin and end of each array, by name, in their order."""
 
     def unique(pairs):
         if len({key for key, _ in pairs}) != len(pairs):
@@ -209,7 +209,7 @@ def _header(path: pathlib.Path, text: bytes) -> dict[str, tuple]:
         header = json.loads(text, object_pairs_hook=unique)
         header.pop("__metadata__", None)
         entries = {}
-        for name, entry in header.items():  # noqa: B007, named in the error
+        for name, entry in header.items():
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
             whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
@@ -275,8 +275,9 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             " weights_only=True, may read it",
             f"{path}, and no torch",
             'Type where torch is: python -c "import torch, safetensors.torch as s;'
-            f" s.save_file({{k: v.contiguous().clone() for k, v in torch.load({str(path)!r}"
-            f", weights_only=True).items()}}, {str(there)!r})\"",
+            " s.save_file({k: v.contiguous().clone() for k, v in"
+            f" torch.load({str(path)!r}, weights_only=True).items()}}, {str(there)!r})"
+            '"',
         ) from None
     with _opened_zip(path):
         pass
@@ -301,10 +302,10 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
                 "Save model.state_dict() alone, or pass the inner dictionary, once"
                 " torch.load(weights_only=True) has read it, to from_torch",
             )
-    return {name: _of_tensor(path, name, value) for name, value in found.items()}
+    return {name: of_tensor(path, name, value) for name, value in found.items()}
 
 
-def _of_tensor(path: Any, name: str, tensor: Any) -> np.ndarray:
+def of_tensor(path: Any, name: str, tensor: Any) -> np.ndarray:
     """A tensor's values; its memory is shared where it can be."""
     tensor = tensor.detach()
     kind = str(tensor.dtype).removeprefix("torch.")
@@ -325,7 +326,9 @@ def _of_tensor(path: Any, name: str, tensor: Any) -> np.ndarray:
             f"{name!r} of shape {tuple(tensor.shape)}, {declared} bytes, in {there}",
             "Save tensor.contiguous()",
         )
-    if known[kind].isbuiltin != 1:  # bfloat16 and float8, which numpy has from ml_dtypes
+    if (
+        known[kind].isbuiltin != 1
+    ):  # bfloat16 and float8, which numpy has from ml_dtypes
         same = {1: "uint8", 2: "int16"}[known[kind].itemsize]
         tensor = tensor.view(getattr(importlib.import_module("torch"), same))
     return tensor.numpy().view(known[kind])
@@ -415,7 +418,9 @@ def _datasets_of(path: pathlib.Path, source: Any, size: int) -> dict[str, np.nda
             arrays = {name: np.asarray(dataset[()]) for name, dataset in found.items()}
     except (OSError, RuntimeError, KeyError, TypeError) as fault:
         raise _refused(
-            path, "a file of Keras must be HDF5, whole", f"{size} bytes, {_words(fault)}"
+            path,
+            "a file of Keras must be HDF5, whole",
+            f"{size} bytes, {_words(fault)}",
         ) from fault
     return {
         name: a.view(ml_dtypes.bfloat16) if a.dtype.kind == "V" else a
