@@ -462,13 +462,12 @@ def from_torch(
 ) -> Any:
     """Fills the variables of a Flax model from a state dict of PyTorch.
 
-    The settings of a norm are not in a state dict: ``tools.preset("torch",
-    "BatchNorm")`` has PyTorch's defaults. PyTorch's momentum is one minus ours; its running variance is
-    unbiased, and is taken as it is unless ``values_per_statistic`` is given.
-    ``num_batches_tracked`` goes to ``count``, where the norm has one, and else is left
-    out. A Dense layer that reads a flattened image reads it in the order ``[C, H, W]``
-    in
-    PyTorch: flatten ``jnp.moveaxis(x, -1, 1)`` in Flax.
+    The settings of a norm are not in a state dict; ``tools.preset("torch",
+    "BatchNorm")`` has PyTorch's defaults. PyTorch's momentum is one minus ours. Its
+    running variance is unbiased, and is taken as it is unless ``values_per_statistic``
+    is given. ``num_batches_tracked`` goes to ``count``, where the norm has one, and is
+    left out elsewhere. A Dense layer that reads a flattened image reads it in the order
+    ``[C, H, W]`` in PyTorch: flatten ``jnp.moveaxis(x, -1, 1)`` in Flax.
 
     Args:
       weights: a state dict: arrays, or tensors on the CPU, by name, as `read_weights`
@@ -568,7 +567,7 @@ def to_torch(
 
 
 # Of a Keras model, what a file holds besides its weights.
-_NOT_WEIGHTS = ("optimizer/", "_optimizer/")
+_NOT_WEIGHTS = "optimizer/"
 
 
 def from_keras(

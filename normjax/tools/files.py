@@ -57,8 +57,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
       path: of the file; the end of its name says what it is.
 
     Returns:
-      Arrays by name, bfloat16 among them, in the order of the file: PyTorch's names in
-      a state dict, ``layers/dense/vars/0`` of Keras.
+      Arrays by name, bfloat16 among them: PyTorch's names in a state dict, or Keras's
+      paths, ``layers/dense/vars/0``.
 
     Raises:
       ValueError: if the name's end is not one of these; if the file is cut off,
