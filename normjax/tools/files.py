@@ -212,8 +212,9 @@ def _header(path: pathlib.Path, text: bytes) -> dict[str, tuple]:
         for name, entry in header.items():
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
-            if not whole or len(shape) > _RANK_LIMIT:
+            if len(shape) > _RANK_LIMIT:
+                raise ValueError(f"{len(shape)} axes")
+            if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
                 raise ValueError(f"shape {list(shape)} at {begin} to {end}")
             entries[name] = dtype, shape, begin, end
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
@@ -382,6 +383,14 @@ def _read_keras(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 # .h5: groups of datasets.
 
+_FAULTS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises
+
+
+def _not_hdf5(path: Any, name: str, fault: Exception) -> Exception:
+    return _refused(
+        path, "a file of Keras must be HDF5, whole", f"{name}: {_words(fault)}"
+    )
+
 
 def _h5py(name: str, path: pathlib.Path) -> Any:
     try:
@@ -403,6 +412,7 @@ def _read_h5(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _datasets_of(path: pathlib.Path, source: Any, size: int) -> dict[str, np.ndarray]:
     """The datasets of a file or of its bytes, ``source``, that are plain arrays."""
     h5py = _h5py("read_weights", path)
+    arrays, name = {}, "the file"
     try:
         with h5py.File(source, "r") as file:
             found = dict(_datasets(h5py, path, file))
@@ -444,7 +454,10 @@ def _datasets(h5py: Any, path: Any, file: Any) -> Iterator[tuple[str, Any]]:
                     f"{name!r}, of {type(link).__name__}",
                     "Save it with Keras 3: model.save_weights('model.weights.h5')",
                 )
-            item = group[key]
+            try:
+                item = group[key]
+            except _FAULTS as fault:
+                raise _not_hdf5(path, repr(name), fault) from fault
             address = h5py.h5o.get_info(item.id).addr
             if address in seen or not isinstance(item, (h5py.Group, h5py.Dataset)):
                 raise _refused(
