@@ -202,6 +202,12 @@ SAFETENSORS = {
         "w: ValueError: shape [-4] at 0 to 16",
         KNOWN,
     ),
+    "nothing of exabytes": (
+        lying(of([0, 2**40, 2**40], [0, 0]), b""),
+        HEADER,
+        "w: ValueError: shape [0, 1099511627776, 1099511627776] at 0 to 0",
+        KNOWN,
+    ),
     "true": (
         lying(of([True], [0, 4])),
         HEADER,

@@ -932,15 +932,20 @@ def to_equinox(
     if state is not None:  # State.set spoils the state it is called on
         state = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(state))
     for name, norm in norms.items():
-        mean, var = (jnp.asarray(flat[f"{name}.{k}"]) for k in ("mean", "var"))
+        index = norm.ema_state_index if norm.mode == "ema" else norm.batch_state_index
+        statistics = [
+            jnp.asarray(flat[f"{name}.{k}"], old.dtype)
+            for k, old in zip(("mean", "var"), state.get(index), strict=True)
+        ]
         if norm.mode == "ema":
-            state = state.set(norm.ema_state_index, (mean, var))
             state = state.set(norm.ema_first_time_index, jnp.array(False))
-            continue
-        counter = flat.get(f"{name}.count", _settled(norm.momentum))
-        part = _debiased(norm, jnp.asarray(counter, jnp.int32))
-        state = state.set(norm.batch_state_index, (mean * part, var * part))
-        state = state.set(norm.batch_counter, jnp.asarray(counter, jnp.int32))
+        else:
+            counter = int(flat.get(f"{name}.count", _settled(norm.momentum)))
+            # Equinox wants it weakly typed, or not, as it was.
+            counter = 0 * state.get(norm.batch_counter) + counter
+            statistics = [a * _debiased(norm, counter) for a in statistics]
+            state = state.set(norm.batch_counter, counter)
+        state = state.set(index, tuple(statistics))
     return filled, state
 
 

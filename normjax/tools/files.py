@@ -214,7 +214,8 @@ def _header(path: pathlib.Path, text: bytes) -> dict[str, tuple]:
             begin, end = entry["data_offsets"]
             if len(shape) > _RANK_LIMIT:
                 raise ValueError(f"{len(shape)} axes")
-            if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            if not whole or math.prod(n or 1 for n in shape) >= 2**59:
                 raise ValueError(f"shape {list(shape)} at {begin} to {end}")
             entries[name] = dtype, shape, begin, end
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:

@@ -79,6 +79,7 @@ def keras_model():
     import keras
     from keras import layers
 
+    keras.utils.clear_session()  # which counts layers by name
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
