@@ -10,6 +10,7 @@ needs torch. Prints the largest difference, or the outputs for a grey image.
 """
 
 import argparse
+import functools
 import pathlib
 
 import flax.linen as nn
@@ -54,12 +55,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         """x: [N, H, W, C]."""
-        norm = lambda name: linen.BatchNorm(not train, **TORCH, name=name)  # noqa: E731
-        y = nn.relu(norm("bn1")(conv(self.features, 3, self.stride, "conv1")(x)))
-        y = norm("bn2")(conv(self.features, 3, 1, "conv2")(y))
+        norm = functools.partial(linen.BatchNorm, not train, **TORCH)
+        y = nn.relu(norm(name="bn1")(conv(self.features, 3, self.stride, "conv1")(x)))
+        y = norm(name="bn2")(conv(self.features, 3, 1, "conv2")(y))
         if x.shape != y.shape:
             x = conv(self.features, 1, self.stride, "downsample_0")(x)
-            x = norm("downsample_1")(x)
+            x = norm(name="downsample_1")(x)
         return nn.relu(x + y)
 
 

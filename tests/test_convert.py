@@ -255,6 +255,14 @@ def test_resnet18_of_torch_gives_torchs_outputs(capsys):
     ]
 
 
+def test_a_state_dict_of_ones_own_converts(tmp_path, capsys):
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(write_weights.SAFETENSORS.read_bytes())
+    assert EXAMPLE.main([str(path)]) is None
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("largest logits of a grey image: classes [")
+
+
 @needs("torch")
 def test_resnet18_of_torch_gives_torchs_outputs_at_full_width():
     import torch
@@ -344,7 +352,7 @@ X = np.random.default_rng(3).normal(2, 3, size=(3, 16, 5)).astype(np.float32)
 
 def norm_variables(**fields):
     model = Norm(tuple(fields.items()))
-    return model, random(model.init(jax.random.key(0), X[0]))
+    return model, random(jax.eval_shape(model.init, jax.random.key(0), X[0]))
 
 
 @needs("haiku")
@@ -496,6 +504,20 @@ def test_dtypes_are_those_of_the_variables_and_the_structure_is_theirs():
 
 
 @needs("torch")
+def test_tensors_that_are_no_arrays_are_refused():
+    import torch
+
+    weights = without(**{"bn.bias": torch.ones(4, device="meta")})
+    with pytest.raises(ValueError) as error:
+        tools.from_torch(weights, LIKE)
+    assert str(error.value) == (
+        "from_torch: tensors must be dense, on the CPU, and of a dtype that numpy has."
+        " Got weights: 'bn.bias' of torch.float32, torch.strided, on meta. Save"
+        " tensor.cpu(), dense, in such a dtype."
+    )
+
+
+@needs("torch")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_tensors_of_any_dtype_convert(dtype, float64):
     import torch
@@ -554,6 +576,18 @@ def test_other_arrays_keep_their_names_and_are_taken_as_they_are():
     weights = tools.to_torch(variables)
     assert set(weights) == {"token", "block.gain"}
     assert_same_bits(tools.from_torch(weights, variables), variables)
+
+
+def test_a_kernel_is_what_its_module_is_called_and_layouts_say():
+    kernel = {"kernel": jnp.ones((3, 2, 4, 5))}  # [*K, in, out]
+    variables = {"params": {"up": kernel, "ConvTranspose_0": kernel}}
+    shapes = {k: a.shape for k, a in tools.to_torch(variables).items()}
+    assert shapes == {"up.weight": (5, 4, 3, 2), "ConvTranspose_0.weight": (4, 5, 3, 2)}
+    layouts = {"up": "conv_transpose", "ConvTranspose_0": "conv_transpose_kernel"}
+    weights = tools.to_torch(variables, layouts=layouts)
+    shapes = {k: a.shape for k, a in weights.items()}
+    assert shapes == {"up.weight": (4, 5, 3, 2), "ConvTranspose_0.weight": (5, 4, 3, 2)}
+    assert_same_bits(tools.from_torch(weights, variables, layouts=layouts), variables)
 
 
 def test_names_by_a_function_and_by_the_longest_prefix():

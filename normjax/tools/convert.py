@@ -126,7 +126,9 @@ def _places(
     """Where each array of the variables stands on both sides, in their order."""
     found = jax.tree_util.tree_leaves_with_path(variables)
     parts = [_parts(path) for path, _ in found]
-    collections = isinstance(variables, Mapping) and "params" in variables
+    collections = isinstance(variables, Mapping) and (
+        "params" in variables or "batch_stats" in variables
+    )
     inner = [p[1:] if collections else p for p in parts]
     leaves: dict[str, set[str]] = {}
     for p in inner:
@@ -171,8 +173,10 @@ def _check_mapping(
     """Refuses entries of a mapping that no array of the variables has a use for."""
     if mapping is None or callable(mapping):
         return
-    known = {"/".join(module.split("/")[:n]) for module in leaves for n in range(9)}
-    known |= {"", *leaves}
+    known = {""}
+    for module in leaves:
+        parts = module.split("/")
+        known |= {"/".join(parts[: n + 1]) for n in range(len(parts))}
     arrays = {f"{m}/{leaf}".strip("/") for m in leaves for leaf in leaves[m]}
     if choices is not None:
         known, arrays = {m for m in leaves if "kernel" in leaves[m]}, set()
@@ -329,11 +333,9 @@ def _filled(
     _check_names(name, places, weights.keys())
     arrays, faults = [], []
     for place in places:
-        a = (
-            count
-            if place.theirs is None
-            else _array(place.theirs, weights[place.theirs])
-        )
+        a = count
+        if place.theirs is not None:
+            a = _array(name, place.theirs, weights[place.theirs])
         a = np.asarray(a)
         wanted = () if place.leaf == "count" else _their_shape(place)
         fitted = _fitted(a, wanted, place)
@@ -348,9 +350,10 @@ def _filled(
     return jax.tree.unflatten(jax.tree.structure(variables), arrays)
 
 
-def _array(name: str, a: Any) -> Any:
+def _array(name: str, theirs: str, a: Any) -> Any:
     """A tensor of torch as an array; anything else as it is."""
-    return of_tensor("weights", name, a) if hasattr(a, "untyped_storage") else a
+    tensor = hasattr(a, "untyped_storage")
+    return of_tensor(name, "weights", theirs, a) if tensor else a
 
 
 def _as_ours(name: str, place: _Place, a: np.ndarray, factor: Any) -> jax.Array:

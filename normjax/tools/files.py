@@ -151,8 +151,14 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _refused(path: Any, rule: str, got: str, todo: str = _AGAIN) -> Exception:
-    return _check.error(ValueError, "read_weights", rule, f"{path}: {got}", todo)
+class _RefusedError(ValueError):
+    """In the house form, unlike the ValueErrors of those who read."""
+
+
+def _refused(
+    path: Any, rule: str, got: str, todo: str = _AGAIN, caller: str = "read_weights"
+) -> Exception:
+    return _check.error(_RefusedError, caller, rule, f"{path}: {got}", todo)
 
 
 # .safetensors: the size of the header in 8 bytes, the header in JSON, and the bytes of
@@ -304,11 +310,14 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
                 "Save model.state_dict() alone, or pass the inner dictionary, once"
                 " torch.load(weights_only=True) has read it, to from_torch",
             )
-    return {name: of_tensor(path, name, value) for name, value in found.items()}
+    return {
+        name: of_tensor("read_weights", path, name, value)
+        for name, value in found.items()
+    }
 
 
-def of_tensor(path: Any, name: str, tensor: Any) -> np.ndarray:
-    """A tensor's values; its memory is shared where it can be."""
+def of_tensor(caller: str, path: Any, name: str, tensor: Any) -> np.ndarray:
+    """A tensor's values, in its own memory; caller and path name it in errors."""
     tensor = tensor.detach()
     kind = str(tensor.dtype).removeprefix("torch.")
     known = {str(d): d for d in _NAMES}
@@ -319,6 +328,7 @@ def of_tensor(path: Any, name: str, tensor: Any) -> np.ndarray:
             "tensors must be dense, on the CPU, and of a dtype that numpy has",
             f"{name!r} of {tensor.dtype}, {tensor.layout}, on {tensor.device}",
             "Save tensor.cpu(), dense, in such a dtype",
+            caller,
         )
     declared, there = tensor.nbytes, tensor.untyped_storage().nbytes()
     if declared > there:
@@ -327,6 +337,7 @@ def of_tensor(path: Any, name: str, tensor: Any) -> np.ndarray:
             "a tensor must not declare more than its storage holds",
             f"{name!r} of shape {tuple(tensor.shape)}, {declared} bytes, in {there}",
             "Save tensor.contiguous()",
+            caller,
         )
     if (
         known[kind].isbuiltin != 1
@@ -384,7 +395,8 @@ def _read_keras(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 # .h5: groups of datasets.
 
-_FAULTS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises
+# What h5py raises.
+_FAULTS = (OSError, RuntimeError, KeyError, TypeError, ValueError)
 
 
 def _not_hdf5(path: Any, name: str, fault: Exception) -> Exception:
