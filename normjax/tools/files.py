@@ -401,7 +401,7 @@ _FAULTS = (OSError, RuntimeError, KeyError, TypeError, ValueError)
 
 def _not_hdf5(path: Any, name: str, fault: Exception) -> Exception:
     return _refused(
-        path, "a file of Keras must be HDF5, whole", f"{name}: {_words(fault)}"
+        path, "a file of Keras must be HDF5, whole", f"{name!r}: {_words(fault)}"
     )
 
 
@@ -438,13 +438,12 @@ def _datasets_of(path: pathlib.Path, source: Any, size: int) -> dict[str, np.nda
                         "datasets must not declare more than the file holds",
                         f"{total} bytes with {name!r}, {size} there",
                     )
-            arrays = {name: np.asarray(dataset[()]) for name, dataset in found.items()}
-    except (OSError, RuntimeError, KeyError, TypeError) as fault:
-        raise _refused(
-            path,
-            "a file of Keras must be HDF5, whole",
-            f"{size} bytes, {_words(fault)}",
-        ) from fault
+            for name, dataset in found.items():
+                arrays[name] = np.asarray(dataset[()])
+    except _RefusedError:
+        raise
+    except _FAULTS as fault:
+        raise _not_hdf5(path, name, fault) from fault
     return {
         name: a.view(ml_dtypes.bfloat16) if a.dtype.kind == "V" else a
         for name, a in arrays.items()
@@ -459,18 +458,18 @@ def _datasets(h5py: Any, path: Any, file: Any) -> Iterator[tuple[str, Any]]:
         prefix, group = groups.pop()
         for key in group:
             name = f"{prefix}{key}"
-            link = group.get(key, getlink=True)
-            if not isinstance(link, h5py.HardLink):
+            try:
+                link = group.get(key, getlink=True)
+                item = group[key] if isinstance(link, h5py.HardLink) else None
+            except _FAULTS as fault:
+                raise _not_hdf5(path, name, fault) from fault
+            if item is None:
                 raise _refused(
                     path,
                     "a file must hold its arrays itself, without links",
                     f"{name!r}, of {type(link).__name__}",
                     "Save it with Keras 3: model.save_weights('model.weights.h5')",
                 )
-            try:
-                item = group[key]
-            except _FAULTS as fault:
-                raise _not_hdf5(path, repr(name), fault) from fault
             address = h5py.h5o.get_info(item.id).addr
             if address in seen or not isinstance(item, (h5py.Group, h5py.Dataset)):
                 raise _refused(
