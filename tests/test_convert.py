@@ -59,10 +59,9 @@ def channels_first(x):
 
 
 X1, X2, X3 = (
-    np.random.default_rng(n).normal(size=(2, *[6, 5, 4][:n], 4)).astype(np.float32)
-    for n in (1, 2, 3)
+    np.sin(np.arange(8.0 * np.prod(space)), dtype=np.float32).reshape(2, *space, 4)
+    for space in [(6,), (6, 5), (6, 5, 4)]
 )
-EVAL = {"use_running_average": True}
 UP = {"strides": (2, 2), "padding": "VALID"}
 PLAIN, FLIPPED = {"": "conv_transpose"}, {"": "conv_transpose_kernel"}
 
@@ -122,21 +121,28 @@ def torch_layer(name):
     }[name]().eval()
 
 
-@needs("torch")
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_of_torch_gives_torchs_outputs(name):
+def of_torch(name):
+    """The weights of ours in a layer of torch, as it has them, and its output."""
     import torch
 
-    variables, x, layouts, want = flax_layer(name)
+    variables, x, layouts, _ = flax_layer(name)
     theirs = torch_layer(name)
     weights = tools.to_torch(variables, layouts=layouts, like=theirs.state_dict())
     theirs.load_state_dict({k: torch.from_numpy(a) for k, a in weights.items()})
     last = name in ("dense", "no bias", "embedding", "layer", "rms")
     with torch.no_grad():
         y = theirs(torch.from_numpy(x if last else channels_first(x).copy())).numpy()
-    assert_equal_outputs(y if last else np.moveaxis(y, 1, -1), want)
-    back = tools.from_torch(theirs.state_dict(), variables, layouts=layouts)
-    assert_same_bits(back, variables)
+    weights = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    return weights, y if last else np.moveaxis(y, 1, -1)
+
+
+@needs("torch")
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_of_torch_gives_torchs_outputs(name):
+    variables, _, layouts, want = flax_layer(name)
+    weights, y = of_torch(name)
+    assert_equal_outputs(y, want)
+    assert_same_bits(tools.from_torch(weights, variables, layouts=layouts), variables)
 
 
 def keras_layer(name):
@@ -204,18 +210,29 @@ def haiku_layer(name, x):
     }[name]()(x)
 
 
-@needs("haiku")
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "batch"])
-def test_a_layer_of_haiku_gives_haikus_outputs(name):
+OF_HAIKU = [name for name in LAYERS if name != "batch"]
+
+
+def of_haiku(name):
+    """The same of Haiku."""
     import haiku as hk
 
-    variables, x, layouts, want = flax_layer(name)
+    variables, x, layouts, _ = flax_layer(name)
     theirs = hk.without_apply_rng(hk.transform(lambda x: haiku_layer(name, x)))
     like = jax.eval_shape(theirs.init, jax.random.key(0), x), {}
-    how = {"names": {"": "m"}, "layouts": layouts}
-    params, state = tools.to_haiku(variables, like, **how)
-    assert_equal_outputs(theirs.apply(params, x), want)
-    assert_same_bits(tools.from_haiku((params, state), variables, **how), variables)
+    params, _ = tools.to_haiku(variables, like, names={"": "m"}, layouts=layouts)
+    return params["m"], theirs.apply(params, x)
+
+
+@needs("haiku")
+@pytest.mark.parametrize("name", OF_HAIKU)
+def test_a_layer_of_haiku_gives_haikus_outputs(name):
+    variables, _, layouts, want = flax_layer(name)
+    weights, y = of_haiku(name)
+    assert_equal_outputs(y, want)
+    theirs = {"m": weights}, {}
+    back = tools.from_haiku(theirs, variables, names={"": "m"}, layouts=layouts)
+    assert_same_bits(back, variables)
 
 
 def equinox_layer(name):
@@ -231,16 +248,66 @@ def equinox_layer(name):
     }[name]()
 
 
-@needs("equinox")
-@pytest.mark.parametrize("name", ["conv2", "grouped", "transposed", "square", "group"])
-def test_a_layer_of_equinox_gives_equinoxs_outputs(name):
-    variables, x, layouts, want = flax_layer(name)
-    module = equinox_layer(name)
-    theirs, _ = tools.to_equinox(variables, (module, None), layouts=layouts)
+OF_EQUINOX = ["conv2", "grouped", "transposed", "square", "group"]
+
+
+def of_equinox(name):
+    """The same of Equinox."""
+    variables, x, layouts, _ = flax_layer(name)
+    like = equinox_layer(name), None
+    theirs, _ = tools.to_equinox(variables, like, layouts=layouts)
     y = jax.vmap(theirs)(channels_first(x))
-    assert_equal_outputs(np.moveaxis(np.asarray(y), 1, -1), want)
-    back = tools.from_equinox((theirs, None), variables, layouts=layouts)
+    weights = {"weight": theirs.weight, "bias": theirs.bias}
+    return weights, np.moveaxis(np.asarray(y), 1, -1)
+
+
+@needs("equinox")
+@pytest.mark.parametrize("name", OF_EQUINOX)
+def test_a_layer_of_equinox_gives_equinoxs_outputs(name):
+    variables, _, layouts, want = flax_layer(name)
+    weights, y = of_equinox(name)
+    assert_equal_outputs(y, want)
+    back = tools.from_equinox((weights, None), variables, layouts=layouts)
     assert_same_bits(back, variables)
+
+
+# The same where those libraries are not installed: what they gave, from a file.
+
+OF = {
+    "torch": (of_torch, list(LAYERS)),
+    "haiku": (of_haiku, OF_HAIKU),
+    "equinox": (of_equinox, OF_EQUINOX),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [(library, n) for library, (_, ns) in OF.items() for n in ns]
+)
+def test_a_layer_gives_the_outputs_that_the_library_gave(library, name):
+    with np.load(write_weights.LAYERS) as golden:
+        prefix = f"{library}/{name}/"
+        found = {k: golden[k] for k in golden.files if k.startswith(prefix)}
+    weights = {k.removeprefix(prefix): a for k, a in found.items()}
+    y = weights.pop("y")
+    variables, x, layouts, _ = flax_layer(name)
+    how = {"layouts": layouts}
+    if library == "haiku":
+        weights, how["names"] = ({"m": weights}, {}), {"": "m"}
+    if library == "equinox":
+        weights = weights, None
+    ours = getattr(tools, f"from_{library}")(weights, variables, **how)
+    assert_equal_outputs(jax.jit(LAYERS[name][0].apply)(ours, x), y)
+
+
+@pytest.mark.parametrize("library", ["torch", "keras"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_round_trips_keep_every_bit(library, name):
+    variables, _, layouts, _ = flax_layer(name)
+    there, back = (getattr(tools, f"{way}_{library}") for way in ("to", "from"))
+    weights = there(variables, layouts=layouts)
+    again = back(weights, variables, layouts=layouts)
+    assert_same_bits(again, variables)
+    assert_same_bits(there(again, layouts=layouts), weights)
 
 
 # Whole models.

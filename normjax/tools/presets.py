@@ -36,7 +36,7 @@ def preset(library: str, norm: str) -> dict[str, Any]:
       norm: "BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm" or "InstanceNorm".
 
     Returns:
-      Fields by name, for the module of `normjax.linen` or `normjax.nnx`.
+      Fields by name, for the module of ``normjax.linen`` or ``normjax.nnx``.
 
     Raises:
       ValueError: if library or norm is another.

@@ -1,10 +1,11 @@
 """Writes the weights of other libraries that test_convert.py and an example read.
 
-Needs torch, safetensors and keras, and is run by hand:
+Needs torch, safetensors, keras, haiku and equinox, and is run by hand:
 
     python tests/golden/write_weights.py
 
-torch: a narrow ResNet-18 with torchvision's names. keras: one layer of each kind.
+torch: a narrow ResNet-18 with torchvision's names. keras: a small model. layers: each
+layer of test_convert.py, with its weights and its output in each library.
 """
 
 import os
@@ -16,6 +17,7 @@ import numpy as np
 FOLDER = pathlib.Path(__file__).parent / "weights"
 WIDTH, CLASSES = 2, 5
 SAFETENSORS, KERAS = FOLDER / "resnet18.safetensors", FOLDER / "model.keras"
+LAYERS = FOLDER / "layers.npz"
 
 
 def torch_resnet18(width=64, classes=1000):
@@ -104,6 +106,20 @@ def keras_model():
     return model
 
 
+def layers():
+    """Weights and output of each layer in each library, by library/layer/name."""
+    sys.path.insert(0, str(FOLDER.parent.parent))
+    import test_convert
+
+    found = {}
+    for library, (of, names) in test_convert.OF.items():
+        for name in names:
+            weights, y = of(name)
+            for key, a in {**weights, "y": y}.items():
+                found[f"{library}/{name}/{key}"] = np.asarray(a)
+    return found
+
+
 def main():
     import safetensors.torch
     import torch
@@ -123,6 +139,7 @@ def main():
     model.save(KERAS)
     y = np.asarray(model(x.astype(np.float32) / 255))
     np.savez_compressed(FOLDER / "keras.npz", x=x, y=y)
+    np.savez_compressed(LAYERS, **layers())
     for path in sorted(FOLDER.iterdir()):
         print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB", file=sys.stderr)
 
