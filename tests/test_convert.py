@@ -736,16 +736,33 @@ BAD = {
         " without its collection.",
     ),
     "layouts left over": (
-        taken(tools.from_torch, WEIGHTS, LIKE, layouts={"bn": "conv"}),
-        "from_torch: each of layouts must be of a module with a kernel of the variables."
-        " Got 'bn' in layouts; modules are 'bn', 'dense'. Leave it out, or write the path"
-        " without its collection.",
+        taken(tools.from_torch, WEIGHTS, LIKE, layouts={"dense": "conv"}),
+        "from_torch: layouts are 'conv', 'conv_transpose', 'conv_transpose_kernel', of"
+        " modules with the kernel of a convolution. Got {'dense': 'conv'}; such modules"
+        " are none. 'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of"
+        " one with transpose_kernel=True.",
     ),
     "a layout": (
-        taken(tools.from_torch, WEIGHTS, LIKE, layouts={"dense": "linear"}),
-        "from_torch: layouts must be among 'dense', 'conv', 'conv_transpose',"
-        " 'conv_transpose_kernel'. Got 'dense': 'linear'. 'conv_transpose' is a"
-        " ConvTranspose, 'conv_transpose_kernel' one with transpose_kernel=True.",
+        taken(
+            tools.to_torch,
+            {"params": {"up": {"kernel": jnp.ones((3, 2, 2))}}},
+            layouts={"up": "flipped"},
+        ),
+        "to_torch: layouts are 'conv', 'conv_transpose', 'conv_transpose_kernel', of"
+        " modules with the kernel of a convolution. Got {'up': 'flipped'}; such modules"
+        " are 'up'. 'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of"
+        " one with transpose_kernel=True.",
+    ),
+    "no array": (
+        taken(tools.to_torch, {"params": {"dense": {"kernel": "x"}}}),
+        "to_torch: variables must be arrays. Got params/dense/kernel, a str. Pass the"
+        " variables themselves, and leave out of them what is no array.",
+    ),
+    "64 bits": (
+        taken(tools.from_torch, {"w": np.ones(1)}, {"params": {"w": np.ones(1)}}),
+        "from_torch: JAX must be able to hold the dtypes of the variables. Got params/w"
+        " of float64, which becomes float32. Set jax.config.update('jax_enable_x64',"
+        " True), or pass narrower variables.",
     ),
     "two of one name": (
         taken(tools.to_torch, LIKE, names={"dense": "x", "bn": "x"}),
@@ -781,7 +798,8 @@ BAD = {
     "shapes for arrays": (
         taken(tools.to_torch, jax.eval_shape(lambda: LIKE)),
         "to_torch: variables must be arrays. Got batch_stats/bn/mean, a"
-        " ShapeDtypeStruct. Pass the variables themselves.",
+        " ShapeDtypeStruct. Pass the variables themselves, and leave out of them what is"
+        " no array.",
     ),
     "one value": (
         taken(tools.from_torch, WEIGHTS, LIKE, values_per_statistic=1),

@@ -21,10 +21,10 @@ from normjax.tools.files import of_tensor
 Names = Mapping[str, str] | Callable[[str], str] | None
 
 # The axes of kernels: k all of space, i in (of a group), o out. "~": it is turned
-# around in space, as the gradient of a convolution has it. What `layouts` may say are
-# the keys.
+# around in space, as the gradient of a convolution has it. The keys are what `layouts`
+# may say.
+_DENSE = "io"
 _FLAX = {
-    "dense": "io",
     "conv": "kio",
     "conv_transpose": "kio",
     "conv_transpose_kernel": "koi~",  # of transpose_kernel=True
@@ -35,7 +35,6 @@ class _Library(NamedTuple):
     """How a library names and lays what Flax has.
 
     Attributes:
-      name: as in from_torch and to_torch.
       separator: between the parts of a path.
       within: what stands before each part of a path.
       leaf: (the leaf in Flax, all leaves of its module) to its name; None: it has none.
@@ -45,7 +44,6 @@ class _Library(NamedTuple):
       ones: whether vectors may have axes of size 1 besides.
     """
 
-    name: str
     separator: str
     within: str
     leaf: Callable[[str, set[str]], str | None]
@@ -90,10 +88,10 @@ def _equinox_leaf(leaf: str, leaves: set[str]) -> str:
     return leaf if leaf in ("mean", "var", "count") else _torch_leaf(leaf, leaves)
 
 
-_TORCH = _Library("torch", ".", "", _torch_leaf, "oi", "oik", "iok~")
-_KERAS = _Library("keras", "/", "layers/", _keras_leaf, "io", "kio", "koi~")
-_HAIKU = _Library("haiku", "/", "", _haiku_leaf, "io", "kio", "koi", ones=True)
-_EQUINOX = _Library("equinox", ".", "", _equinox_leaf, "oi", "oik", "oik", ones=True)
+_TORCH = _Library(".", "", _torch_leaf, "oi", "oik", "iok~")
+_KERAS = _Library("/", "layers/", _keras_leaf, "io", "kio", "koi~")
+_HAIKU = _Library("/", "", _haiku_leaf, "io", "kio", "koi", ones=True)
+_EQUINOX = _Library(".", "", _equinox_leaf, "oi", "oik", "oik", ones=True)
 
 
 class _Place(NamedTuple):
@@ -126,6 +124,9 @@ def _places(
     """Where each array of the variables stands on both sides, in their order."""
     found = jax.tree_util.tree_leaves_with_path(variables)
     parts = [_parts(path) for path, _ in found]
+    for p, (_, a) in zip(parts, found, strict=True):
+        if not hasattr(a, "shape") or not hasattr(a, "dtype"):
+            raise _no_array(name, "/".join(p), a)
     collections = isinstance(variables, Mapping) and (
         "params" in variables or "batch_stats" in variables
     )
@@ -133,31 +134,44 @@ def _places(
     leaves: dict[str, set[str]] = {}
     for p in inner:
         leaves.setdefault("/".join(p[:-1]), set()).add(p[-1])
+    kernels = {
+        "/".join(p[:-1]): len(a.shape)
+        for p, (_, a) in zip(inner, found, strict=True)
+        if p[-1] == "kernel" and len(a.shape) > 1
+    }
     layouts = dict(layouts or {})
-    _check_mapping(name, "names", names, leaves)
-    _check_mapping(name, "layouts", layouts, leaves, _FLAX)
-    places: dict[str, _Place] = {}
+    _check_names_of(name, names, leaves)
+    _check_layouts(name, layouts, {m for m, ndim in kernels.items() if ndim > 2})
+    places: dict[Any, _Place] = {}
     for p, q, (_, a) in zip(parts, inner, found, strict=True):
         module, leaf = "/".join(q[:-1]), q[-1]
         theirs = _their_name(library, module, leaf, leaves[module], names)
         axes = None
-        if leaf == "kernel":
-            axes = _axes_of(library, layouts.get(module), module, len(a.shape))
+        if leaf == "kernel" and module in kernels:
+            axes = _axes_of(library, layouts.get(module), module, kernels[module])
         path = "/".join(p)
-        place = _Place(
-            path, module, leaf, theirs, axes, tuple(a.shape), a.dtype, library.ones
-        )
-        twin = next((x for x in places.values() if x.theirs == theirs), None)
-        if twin is not None and theirs is not None:
+        if theirs in places:
             raise _check.error(
                 ValueError,
                 name,
                 "two arrays of the variables must not have one name on the other side",
-                f"{twin.path} and {path}, which both would be {theirs!r}",
+                f"{places[theirs].path} and {path}, which both would be {theirs!r}",
                 "Give them different names",
             )
-        places[path] = place
+        places[path if theirs is None else theirs] = _Place(
+            path, module, leaf, theirs, axes, tuple(a.shape), a.dtype, library.ones
+        )
     return list(places.values())
+
+
+def _no_array(name: str, path: str, value: Any) -> Exception:
+    return _check.error(
+        TypeError,
+        name,
+        "variables must be arrays",
+        f"{path}, a {type(value).__name__}",
+        "Pass the variables themselves, and leave out of them what is no array",
+    )
 
 
 def _parts(path: Any) -> list[str]:
@@ -167,38 +181,41 @@ def _parts(path: Any) -> list[str]:
     return [jax.tree_util.keystr((key,), simple=True) for key in path]
 
 
-def _check_mapping(
-    name: str, what: str, mapping: Any, leaves: dict, choices: Any = None
-) -> None:
-    """Refuses entries of a mapping that no array of the variables has a use for."""
-    if mapping is None or callable(mapping):
+def _check_names_of(name: str, names: Names, leaves: dict[str, set[str]]) -> None:
+    """Refuses names of what is not in the variables."""
+    if names is None or callable(names):
         return
-    known = {""}
+    known = {""} | {f"{m}/{leaf}".strip("/") for m in leaves for leaf in leaves[m]}
     for module in leaves:
         parts = module.split("/")
         known |= {"/".join(parts[: n + 1]) for n in range(len(parts))}
-    arrays = {f"{m}/{leaf}".strip("/") for m in leaves for leaf in leaves[m]}
-    if choices is not None:
-        known, arrays = {m for m in leaves if "kernel" in leaves[m]}, set()
-    unknown = sorted(set(mapping) - known - arrays)
+    unknown = sorted(set(names) - known)
     if unknown:
         raise _check.error(
             ValueError,
             name,
-            f"each of {what} must be of a module"
-            + (" or an array" if choices is None else " with a kernel")
-            + " of the variables",
-            f"{_some(unknown)} in {what}; modules are {_some(sorted(leaves))}",
+            "each of names must be of a module or an array of the variables",
+            f"{_some(unknown)} in names; modules are {_some(sorted(leaves))}",
             "Leave it out, or write the path without its collection",
         )
-    if choices is not None and not set(mapping.values()) <= set(choices):
+
+
+def _check_layouts(name: str, layouts: dict[str, str], convolutions: set[str]) -> None:
+    """Refuses layouts of what is no convolution, and others than there are."""
+    wrong = {
+        m: layout
+        for m, layout in layouts.items()
+        if m not in convolutions or layout not in _FLAX
+    }
+    if wrong:
         raise _check.error(
             ValueError,
             name,
-            f"layouts must be among {', '.join(map(repr, choices))}",
-            ", ".join(f"{k!r}: {v!r}" for k, v in mapping.items() if v not in choices),
-            "'conv_transpose' is a ConvTranspose, 'conv_transpose_kernel' one with"
-            " transpose_kernel=True",
+            f"layouts are {', '.join(map(repr, _FLAX))}, of modules with the kernel of"
+            " a convolution",
+            f"{wrong}; such modules are {_some(sorted(convolutions)) or 'none'}",
+            "'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of one"
+            " with transpose_kernel=True",
         )
 
 
@@ -235,12 +252,12 @@ def _axes_of(
     library: _Library, layout: str | None, module: str, ndim: int
 ) -> tuple[str, str]:
     """The axes of a kernel, in Flax and on the other side."""
+    if ndim == 2:
+        return _DENSE, library.dense
     if layout is None:
-        layout = "dense" if ndim == 2 else "conv"
-        if ndim > 2 and "ConvTranspose" in module.split("/")[-1]:
-            layout = "conv_transpose"
-    theirs = {"dense": library.dense, "conv": library.conv}
-    return _FLAX[layout], theirs.get(layout, library.transposed)
+        transposed = "ConvTranspose" in module.split("/")[-1]
+        layout = "conv_transpose" if transposed else "conv"
+    return _FLAX[layout], library.conv if layout == "conv" else library.transposed
 
 
 def _rearranged(a: np.ndarray, source: str, target: str) -> np.ndarray:
@@ -283,8 +300,6 @@ def _fitted(a: np.ndarray, shape: tuple[int, ...], place: _Place) -> np.ndarray 
 
 def _their_shape(place: _Place) -> tuple[int, ...]:
     if place.axes is None:
-        return place.shape
-    if len(place.shape) < 2:
         return place.shape
     # Of an array that takes no memory.
     return _rearranged(np.broadcast_to(np.zeros(()), place.shape), *place.axes).shape
@@ -372,7 +387,16 @@ def _as_ours(name: str, place: _Place, a: np.ndarray, factor: Any) -> jax.Array:
     if factor is not None:
         a = a.astype(np.float64) * factor
     # A copy: memory that another library may write to is not a JAX array's.
-    return jnp.array(a.astype(place.dtype), copy=True)
+    result = jnp.array(a.astype(place.dtype), copy=True)
+    if result.dtype != place.dtype:
+        raise _check.error(
+            TypeError,
+            name,
+            "JAX must be able to hold the dtypes of the variables",
+            f"{place.path} of {place.dtype}, which becomes {result.dtype}",
+            "Set jax.config.update('jax_enable_x64', True), or pass narrower variables",
+        )
+    return result
 
 
 def _kind(dtype: Any) -> Any:
@@ -413,13 +437,7 @@ def _taken(
 
 def _as_theirs(name: str, place: _Place, value: Any, factor: Any) -> np.ndarray:
     if isinstance(value, jax.ShapeDtypeStruct):
-        raise _check.error(
-            TypeError,
-            name,
-            "variables must be arrays",
-            f"{place.path}, a ShapeDtypeStruct",
-            "Pass the variables themselves",
-        )
+        raise _no_array(name, place.path, value)
     a = np.asarray(value)
     if place.leaf == "count":
         if a.size and (a != a.flat[0]).any():
@@ -481,9 +499,10 @@ def from_torch(
         ``"encoder.0"``, or a function of the path; the longest path that fits counts,
         and what follows it keeps its name. A path of one array names that array. None:
         the same path, with dots.
-      layouts: what kernels are those of, by module: "dense", "conv", "conv_transpose",
-        or "conv_transpose_kernel" for Flax's ``transpose_kernel=True``. Of those not
-        named, the number of axes and ``ConvTranspose`` in the name decide.
+      layouts: what the kernels of convolutions are of, by module: "conv",
+        "conv_transpose", or "conv_transpose_kernel" for Flax's
+        ``transpose_kernel=True``. Of those not named, ``ConvTranspose`` in the name
+        decides.
       values_per_statistic: how many values each batch variance was of, ``N * H * W``:
         one number, or one by module. The running variance times ``(n - 1) / n`` is the
         biased one. None: it is taken as it is.
