@@ -466,6 +466,11 @@ def test_a_zip_that_would_unpack_to_more_is_refused(tmp_path):
         f"{rule} Got {path}: 'model.weights.h5' of 10000000 bytes, 10000000 with those"
         f" before it, compressed, in a zip of {size}. {todo}"
     )
+    # Compressed, though it would unpack to no more than the zip.
+    noise = np.random.default_rng(0).bytes(1000)
+    keras_zip(path, noise, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=r"of 1000 bytes, 1000 with .* compressed, in"):
+        tools.read_weights(path)
     # Declared ten times as large in the directory, and said to be stored.
     keras_zip(path, b"\0" * 1000)
     data = path.read_bytes()
