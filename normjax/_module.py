@@ -233,7 +233,9 @@ def update(module: Any, old: Statistics, m: Moments, momentum: Any) -> Statistic
         if module.debias:
             # 1 - momentum**t, without cancellation where momentum is near 1.
             total = -jnp.expm1(t * jnp.log(jnp.asarray(momentum, t.dtype)))
-            momentum = 1 - (1 - momentum) / jnp.where(total > 0, total, 1)
+            later = 1 - (1 - momentum) / jnp.where(total > 0, total, 1)
+            # Not a rounding error of the start, which may be far above small variances.
+            momentum = jnp.where(t > 1, later, jnp.zeros_like(later))
     var, measured = m.var, m.count
     if module.running_variance == "unbiased":
         # Of a single value there is none, and what it would update stays as it is.

@@ -6,6 +6,16 @@ Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictio
 from normjax.tools.average import RunningVariables as RunningVariables
 from normjax.tools.batches import global_batch as global_batch
 from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.convert import from_equinox as from_equinox
+from normjax.tools.convert import from_haiku as from_haiku
+from normjax.tools.convert import from_keras as from_keras
+from normjax.tools.convert import from_torch as from_torch
+from normjax.tools.convert import to_equinox as to_equinox
+from normjax.tools.convert import to_haiku as to_haiku
+from normjax.tools.convert import to_keras as to_keras
+from normjax.tools.convert import to_torch as to_torch
+from normjax.tools.files import read_weights as read_weights
+from normjax.tools.files import write_weights as write_weights
 from normjax.tools.freeze import freeze as freeze
 from normjax.tools.freeze import unfreeze as unfreeze
 from normjax.tools.looks import Look as Look
@@ -19,6 +29,7 @@ from normjax.tools.optimize import decay_mask as decay_mask
 from normjax.tools.optimize import labels as labels
 from normjax.tools.plots import plot as plot
 from normjax.tools.plots import plot_table as plot_table
+from normjax.tools.presets import preset as preset
 from normjax.tools.replace import Replaced as Replaced
 from normjax.tools.replace import find_dropped as find_dropped
 from normjax.tools.replace import replace as replace
