@@ -6,6 +6,9 @@ Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictio
 from normjax.tools.batches import pad_batch as pad_batch
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
+from normjax.tools.recalibrate import Moved as Moved
+from normjax.tools.recalibrate import Recalibrated as Recalibrated
+from normjax.tools.recalibrate import recalibrate as recalibrate
 from normjax.tools.replicas import Drift as Drift
 from normjax.tools.replicas import checksum as checksum
 from normjax.tools.replicas import find_drift as find_drift
