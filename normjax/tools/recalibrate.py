@@ -275,18 +275,9 @@ def _swept(sweep: Sweep, batches: Iterable, progress: bool) -> dict[Path, Merged
             "Pass a new iterator, if this one was used before",
         )
 
-    def step(merged: Any, rest: Any, fixed: Any, batch: Any) -> tuple:
-        merged, rest = sweep.step(merged, rest, fixed, batch)
-        finite = [
-            jnp.isfinite(m.mean + m.var + m.count).all()
-            for m in sweep.by_path(merged).values()
-        ]
-        return merged, rest, jnp.stack(finite)
-
     merged, shardings = _placed(sweep.merged, batch)
+    program = _program(sweep, shardings)
     rest, number = sweep.rest, 0
-    # What is merged is donated, and so takes no memory twice.
-    program = jax.jit(step, donate_argnums=0, out_shardings=shardings)
     with sweep.context():
         while batch is not _END:
             merged, rest, finite = program(merged, rest, sweep.fixed, batch)
@@ -295,6 +286,21 @@ def _swept(sweep: Sweep, batches: Iterable, progress: bool) -> dict[Path, Merged
             _check_finite(sweep, np.asarray(finite), number, batch)
             batch, number = following, number + 1
     return sweep.by_path(merged)
+
+
+def _program(sweep: Sweep, shardings: Any = None) -> Callable:
+    """A step that says, too, which of the norms have merged finite values alone."""
+
+    def step(merged: Any, rest: Any, fixed: Any, batch: Any) -> tuple:
+        merged, rest = sweep.step(merged, rest, fixed, batch)
+        finite = [
+            jnp.isfinite(m.mean + m.var + m.count).all()
+            for m in sweep.by_path(merged).values()
+        ]
+        return merged, rest, jnp.stack(finite)
+
+    # What is merged is donated, and so takes no memory twice.
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
 def _shown(batches: Iterable, progress: bool) -> Iterable:
