@@ -28,8 +28,13 @@ ORDER = {
     "linen": 6,
     "nnx": 6,
     "tools.batches": 7,
+    "tools.merging": 7,
     "tools.models": 7,
     "tools.replicas": 7,
+    "tools.sweep_linen": 8,
+    "tools.sweep_nnx": 8,
+    "tools.tent": 8,
+    "tools.recalibrate": 9,
     "tools": 10,
     "__init__": 11,
 }
@@ -109,12 +114,17 @@ def test_public_names_are_those_of_the_design():
         assert {n for m, n in PUBLIC if m is library} == modules
     assert {n for m, n in PUBLIC if m is tools} == {
         "Drift",
+        "Moved",
         "Norm",
+        "Recalibrated",
         "checksum",
+        "entropy",
         "find_drift",
         "find_norms",
         "merge_replicas",
         "pad_batch",
+        "recalibrate",
+        "tent",
     }
 
 

@@ -13,3 +13,5 @@ from normjax.tools.replicas import Drift as Drift
 from normjax.tools.replicas import checksum as checksum
 from normjax.tools.replicas import find_drift as find_drift
 from normjax.tools.replicas import merge_replicas as merge_replicas
+from normjax.tools.tent import entropy as entropy
+from normjax.tools.tent import tent as tent

@@ -83,10 +83,13 @@ class Merged:
                 f"values of {m.mean.dtype}, a running mean that is real",
                 "Update the statistics once in training mode, which makes it so",
             )
-        m = jax.tree.map(lambda a: a.reshape(self.mean.shape), _moments.uniform(m))
-        dtype = self.var.dtype
-        n, n_rest, of_var = (a.astype(dtype) for a in (m.count, m.carry, m.var))
-        near, far = (a.astype(self.mean.dtype) for a in (m.mean, m.rest))
+        dtype, of_mean = self.var.dtype, self.mean.dtype
+        fields = (m.count, m.carry, m.var, m.mean, m.rest)
+        dtypes = (dtype, dtype, dtype, of_mean, of_mean)
+        n, n_rest, of_var, near, far = (
+            jnp.asarray(a).astype(t).reshape(self.mean.shape)
+            for a, t in zip(fields, dtypes, strict=True)
+        )
 
         count, lost = _moments._exact_sum(self.count, n)
         count, count_rest = _moments._exact_sum(
@@ -127,7 +130,7 @@ def _added(
 
 
 def values_per_sample(shape: tuple[int, ...], feature_axes: tuple[int, ...]) -> int:
-    """How many values of a feature there are in a sample, along the first other axis."""
+    """How many values of a feature a sample has; samples lie along the first axis."""
     others = [n for a, n in enumerate(shape) if a not in feature_axes]
     return math.prod(others[1:])
 
@@ -164,7 +167,8 @@ class Sweep(NamedTuple):
 def check_called(name: str, old: Mapping[Path, Any], called: Mapping) -> None:
     """Refuses a call of the model that left batch norms out."""
     left = ["/".join(map(str, path)) for path in old if path not in called]
-    if left and len(left) == len(old):
+    there = ["/".join(map(str, path)) for path in called]
+    if left and not there:
         raise _check.error(
             ValueError,
             name,
@@ -178,7 +182,7 @@ def check_called(name: str, old: Mapping[Path, Any], called: Mapping) -> None:
             ValueError,
             name,
             "apply must call all batch norms that have statistics",
-            f"{', '.join('/'.join(map(str, p)) for p in called)} called, {', '.join(left)} not",
+            f"{', '.join(there)} called, {', '.join(left)} not",
             "Call all of the model (train=True, say), or pass the statistics of what is"
             " called alone",
         )

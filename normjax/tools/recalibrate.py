@@ -75,22 +75,17 @@ class Recalibrated(NamedTuple):
           >>> print(tools.Recalibrated({}, []).table())
           norm  values a feature  shift of the mean, std  at most  ratio of std
         """
-        rows = [
-            ("norm", "values a feature", "shift of the mean, std", "at most")
-            + ("ratio of std",)
-        ]
+        title = "shift of the mean, std"
+        rows = [["norm", "values a feature", title, "at most", "ratio of std"]]
         for m in self.moved:
-            ratio = " to ".join(f"{r:.3g}" for r in m.ratio)
-            rows.append(
-                (_joined(m.path), str(m.values), f"{m.shift:.3g}", f"{m.most:.3g}")
-                + (ratio,)
-            )
+            floats = [f"{a:.3g}" for a in (m.shift, m.most, *m.ratio)]
+            ratio = " to ".join(floats[2:])
+            rows.append([_joined(m.path), str(m.values), *floats[:2], ratio])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        first, *others = widths
         return "\n".join(
             "  ".join(
-                [row[0].ljust(first)]
-                + [c.rjust(w) for c, w in zip(row[1:], others, strict=True)]
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
         )
@@ -110,7 +105,8 @@ def recalibrate(
     The moments of all batches are merged, exactly: over the sizes ``n_b`` of batches of
     any sizes, or what their masks count,
 
-        mean = sum(n_b * mean_b) / n        var = sum(n_b * (var_b + (mean_b - mean)**2)) / n
+        mean = sum(n_b * mean_b) / n
+        var  = sum(n_b * (var_b + (mean_b - mean)**2)) / n
 
     as if the values that each norm saw had been there at once: precise batch norm,
     https://arxiv.org/abs/2105.07576. For weights that the statistics do not follow:
@@ -119,7 +115,8 @@ def recalibrate(
     With ``prior``, for data of another domain (https://arxiv.org/abs/2006.16971), the
     old statistics count as so many samples, against n that the norm saw:
 
-        mean = (prior * old_mean + n * mean) / (prior + n)        the same for var
+        mean = (prior * old_mean + n * mean) / (prior + n)
+        var  = (prior * old_var + n * var) / (prior + n)
 
     None leaves nothing of the old ones (https://arxiv.org/abs/1603.04779).
 
@@ -163,8 +160,8 @@ def recalibrate(
       >>> found = tools.recalibrate(apply, variables, batches, progress=False)
       >>> found.variables["batch_stats"]["mean"]
       Array([4.], dtype=float32)
-      >>> found.variables["batch_stats"]["var"].round(3)
-      Array([8.667], dtype=float32)
+      >>> found.variables["batch_stats"]["var"].round(1)
+      Array([8.7], dtype=float32)
     """
     _check_arguments(apply, batches, prior, normalize_with)
     sweep = _sweep_of(apply, variables, normalize_with)
@@ -215,14 +212,14 @@ def _sweep_of(apply: Callable, variables: Any, normalize_with: str) -> Sweep:
     """Makes a sweep of a model of either system."""
     number = next(_sweeps)
     if isinstance(variables, Mapping):
-        from normjax.tools import sweep_linen
+        from normjax.tools.sweep_linen import sweep_of as of_linen
 
-        sweep = sweep_linen.sweep_of(apply, variables, normalize_with, number)
+        sweep = of_linen(apply, variables, normalize_with, number)
         got = f"variables of {sorted(variables)}"
     else:
-        from normjax.tools import models
+        from normjax.tools.models import system_of
 
-        if models.system_of(_NAME, variables) == "linen":
+        if system_of(_NAME, variables) == "linen":
             raise _check.error(
                 TypeError,
                 _NAME,
@@ -230,9 +227,9 @@ def _sweep_of(apply: Callable, variables: Any, normalize_with: str) -> Sweep:
                 f"a {type(variables).__name__}",
                 'Pass {"params": params, "batch_stats": batch_stats}',
             )
-        from normjax.tools import sweep_nnx
+        from normjax.tools.sweep_nnx import sweep_of as of_nnx
 
-        sweep = sweep_nnx.sweep_of(apply, variables, normalize_with, number)
+        sweep = of_nnx(apply, variables, normalize_with, number)
         got = f"a {type(variables).__name__} without a BatchNorm"
     if not sweep.old:
         raise _check.error(

@@ -7,8 +7,15 @@ import flax.linen as nn
 import jax
 
 from normjax import _check, _module, linen
-from normjax.tools import merging, models
-from normjax.tools.merging import Merged, Path, Sweep, fields_of
+from normjax.tools.merging import (
+    Merged,
+    Path,
+    Sweep,
+    check_called,
+    fields_of,
+    values_per_sample,
+)
+from normjax.tools.models import kind_of, substituted
 
 NAME = "recalibrate"
 MERGED = "merged"  # the variable beside mean and var
@@ -41,8 +48,8 @@ class BatchNorm(linen.BatchNorm):
             virtual_batch_size=self.virtual_batch_size,
             **linen._arguments(self, x, axes, mask),
         )
-        merged = self.variable("batch_stats", MERGED, lambda: None)
-        merged.value = merged.value.add(m, merging.values_per_sample(x.shape, axes))
+        merged: Any = self.variable("batch_stats", MERGED)
+        merged.value = merged.value.add(m, values_per_sample(x.shape, axes))
         return y
 
 
@@ -90,7 +97,7 @@ def sweep_of(
     called: dict[Path, Any] = {}
 
     def swap(module: Any) -> Any:
-        if models.kind_of(module) != "BatchNorm":
+        if kind_of(module) != "BatchNorm":
             return None
         names = set(linen.BatchNorm.__dataclass_fields__) - {"parent", "name"}
         fields = fields_of(NAME, module.path, module, names, normalize_with)
@@ -102,7 +109,7 @@ def sweep_of(
     def step(merged: dict, rest: Any, variables: Any, batch: Any) -> tuple[dict, Any]:
         given = {(): {"batch_stats": _with(variables["batch_stats"], beside(merged))}}
         returned = apply(_with(variables, given), batch)
-        merging.check_called(NAME, old, called)
+        check_called(NAME, old, called)
         updates = returned[1] if isinstance(returned, tuple) else None
         if not isinstance(updates, Mapping):
             raise _no_updates(f"a result of type {type(returned).__name__}")
@@ -122,7 +129,7 @@ def sweep_of(
         return _with(variables, {(): {"batch_stats": _with(collection, changes)}})
 
     return Sweep(
-        context=lambda: models.substituted(swap),
+        context=lambda: substituted(swap),
         old=old,
         merged={path: Merged.empty(s.mean, number) for path, s in old.items()},
         rest=(),

@@ -9,8 +9,15 @@ import jax
 from flax import nnx as flax_nnx
 
 from normjax import _check, _module, nnx
-from normjax.tools import merging, models
-from normjax.tools.merging import Merged, Path, Sweep, fields_of
+from normjax.tools.merging import (
+    Merged,
+    Path,
+    Sweep,
+    check_called,
+    fields_of,
+    values_per_sample,
+)
+from normjax.tools.models import kind_of, nnx_modules, nnx_replaced
 
 NAME = "recalibrate"
 
@@ -48,7 +55,7 @@ class BatchNorm(nnx.BatchNorm):
             virtual_batch_size=self.virtual_batch_size,
             **arguments,
         )
-        per_sample = merging.values_per_sample(x.shape, axes)
+        per_sample = values_per_sample(x.shape, axes)
         self.merged.set_value(self.merged.get_value().add(m, per_sample))
         return y
 
@@ -69,7 +76,7 @@ def sweep_of(call: Callable, model: Any, normalize_with: str, number: int) -> Sw
     old: dict[Path, _module.Statistics] = {}
 
     def swap(path: Path, norm: Any) -> Any:
-        if models.kind_of(norm) != "BatchNorm":
+        if kind_of(norm) != "BatchNorm":
             return None
         count = getattr(norm, "count", None)
         variables = (norm.mean, norm.var, count)
@@ -80,16 +87,17 @@ def sweep_of(call: Callable, model: Any, normalize_with: str, number: int) -> Sw
         of.note = lambda: called.setdefault(path, norm)
         return of
 
-    copy = models.nnx_replaced(model, swap)
-    graph, merged, random, fixed = flax_nnx.split(
-        copy, MergedStat, flax_nnx.RngState, ...
-    )
+    copy = nnx_replaced(model, swap)
+    random_state = flax_nnx.RngState
+    split: Any = flax_nnx.split(copy, MergedStat, random_state, ...)
+    graph, merged, random, others = split
 
     def step(merged: Any, random: Any, fixed: Any, batch: Any) -> tuple[Any, Any]:
         model = flax_nnx.merge(graph, merged, random, fixed)
         call(model, batch)
-        merging.check_called(NAME, old, called)
-        return flax_nnx.state(model, MergedStat, flax_nnx.RngState)
+        check_called(NAME, old, called)
+        changed: Any = flax_nnx.state(model, MergedStat, random_state)
+        return changed
 
     def by_path(merged: Any) -> dict[Path, Merged]:
         flat = flax_nnx.to_flat_state(merged)
@@ -97,8 +105,8 @@ def sweep_of(call: Callable, model: Any, normalize_with: str, number: int) -> Sw
 
     def rebuilt(new: Mapping[Path, _module.Statistics]) -> Any:
         copy = flax_nnx.clone(model)
-        for path, norm in models.nnx_modules(copy):
-            if path in new and models.kind_of(norm) == "BatchNorm":
+        for path, norm in nnx_modules(copy):
+            if path in new and kind_of(norm) == "BatchNorm":
                 for name, value in new[path]._asdict().items():
                     if value is not None:
                         getattr(norm, name).set_value(value)
@@ -109,7 +117,7 @@ def sweep_of(call: Callable, model: Any, normalize_with: str, number: int) -> Sw
         old=old,
         merged=merged,
         rest=random,
-        fixed=fixed,
+        fixed=others,
         step=step,
         by_path=by_path,
         called=called,
