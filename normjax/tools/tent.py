@@ -46,7 +46,7 @@ def entropy(logits: Any) -> jax.Array:
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     log_p = jax.nn.log_softmax(logits.astype(dtype))
     p = jnp.exp(log_p)  # 0 for a class whose logit is -inf
-    return -(p * jnp.where(p > 0, log_p, 0)).sum(-1)
+    return (p * jnp.where(p > 0, -log_p, 0)).sum(-1)
 
 
 def tent(optimizer: Any, params: Any, norms: Iterable[Norm]) -> Any:
