@@ -11,6 +11,7 @@ CPU cores.
 """
 
 import argparse
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -77,7 +78,8 @@ def in_order(images: np.ndarray) -> list[np.ndarray]:
 
 def train(data: Data, steps: int) -> dict:
     """Returns variables after so many steps of SGD."""
-    variables = Net().init(jax.random.key(SEED), data.images[:1], train=False)
+    init = jax.jit(functools.partial(Net().init, train=False))
+    variables = init(jax.random.key(SEED), data.images[:1])
     optimizer = optax.sgd(LEARNING_RATE, 0.9)
 
     @jax.jit

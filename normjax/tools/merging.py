@@ -48,9 +48,7 @@ class Merged:
         In float64 where JAX has it.
         """
         dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
-        of_mean = jnp.promote_types(dtype, jnp.complex64)
-        if not jnp.iscomplexobj(mean):
-            of_mean = dtype
+        of_mean = _moments.widened(jnp.zeros((), mean.dtype), dtype).dtype
         where = getattr(mean, "sharding", None)
         if not isinstance(where, jax.sharding.NamedSharding):
             where = None

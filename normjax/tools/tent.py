@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from normjax import _check
+from normjax import _check, _moments
 from normjax.tools.models import Norm
 
 
@@ -43,8 +43,7 @@ def entropy(logits: Any) -> jax.Array:
             f"logits of {logits.dtype}, shape {logits.shape}",
             "Pass what the model returns before softmax",
         )
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    log_p = jax.nn.log_softmax(logits.astype(dtype))
+    log_p = jax.nn.log_softmax(logits.astype(_moments.statistics_dtype(logits)))
     p = jnp.exp(log_p)  # 0 for a class whose logit is -inf
     return (p * jnp.where(p > 0, -log_p, 0)).sum(-1)
 
