@@ -30,6 +30,9 @@ from normjax.tools.optimize import labels as labels
 from normjax.tools.plots import plot as plot
 from normjax.tools.plots import plot_table as plot_table
 from normjax.tools.presets import preset as preset
+from normjax.tools.recalibrate import Moved as Moved
+from normjax.tools.recalibrate import Recalibrated as Recalibrated
+from normjax.tools.recalibrate import recalibrate as recalibrate
 from normjax.tools.replace import Replaced as Replaced
 from normjax.tools.replace import find_dropped as find_dropped
 from normjax.tools.replace import replace as replace
@@ -39,3 +42,5 @@ from normjax.tools.replicas import find_drift as find_drift
 from normjax.tools.replicas import merge_replicas as merge_replicas
 from normjax.tools.tables import Row as Row
 from normjax.tools.tables import norm_table as norm_table
+from normjax.tools.tent import entropy as entropy
+from normjax.tools.tent import tent as tent
