@@ -4,6 +4,9 @@ Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictio
 """
 
 from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.doctor import Finding as Finding
+from normjax.tools.doctor import Report as Report
+from normjax.tools.doctor import doctor as doctor
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
 from normjax.tools.replicas import Drift as Drift
