@@ -8,6 +8,7 @@ do: beside ``mean`` and ``var``, by names of its own.
 
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -191,14 +192,26 @@ def watching_linen(mode: str) -> Iterator[Watch]:
         yield watch
 
 
+# A program that was compiled before would not be traced again, and nothing be seen. Each
+# watch sees trees and modules of a structure that no other has seen, which begin with a
+# number of their own.
+_numbers = itertools.count()
+
+
 def with_places(statistics: Any) -> Any:
     """Linen's ``batch_stats`` with a place for what is measured at each batch norm."""
-    if not isinstance(statistics, Mapping):
-        return statistics
-    tree = {k: with_places(v) for k, v in statistics.items()}
-    if {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], Mapping):
-        tree |= _places(tree["mean"], tree["var"])
-    return tree
+    number = next(_numbers)
+
+    def placed(tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        tree = {k: placed(v) for k, v in tree.items()}
+        if {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], Mapping):
+            tree |= _places(tree["mean"], tree["var"])
+            tree[f"doctor_{number}"] = {}
+        return tree
+
+    return placed(statistics)
 
 
 def _places(mean: Any, var: Any) -> dict[str, jax.Array]:
@@ -240,8 +253,18 @@ def watched(model: Any) -> Any:
         if kind == "BatchNorm":
             for name, value in _places(module.mean[...], module.var[...]).items():
                 setattr(module, name, nnx.BatchStat(value))
-        module.__class__ = _telling(type(module), kind)
+        module.doctor_number = 0
+        of: Any = type(module)
+        module.__class__ = _telling(of, kind)
+    _renumber(model)
     return model
+
+
+def _renumber(model: Any) -> None:
+    number = next(_numbers)
+    for _, module in models.nnx_modules(model):
+        if hasattr(module, "doctor_number"):
+            module.doctor_number = number
 
 
 @functools.cache
@@ -338,22 +361,19 @@ class Measured(NamedTuple):
 def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
     """Calls a model with batch statistics, and with running ones, in one program."""
     linen = models.system_of("doctor", model) == "linen"
-    parts: tuple
-    parts, call = (_linen_parts if linen else _nnx_parts)(model, variables)
+    params, rest, call = (_linen_parts if linen else _nnx_parts)(model, variables)
     seen: dict[str, dict] = {}
 
-    def outputs(parts: tuple, mode: str, args: tuple, kwargs: dict) -> tuple:
-        y, statistics, seen[mode] = call(*parts, mode, args, kwargs)
+    def outputs(mode: str, *parts: Any) -> tuple:
+        y, statistics, seen[mode] = call(mode, *parts)
         floats = [jnp.asarray(a) for a in jax.tree.leaves(y)]
         return [a for a in floats if jnp.issubdtype(a.dtype, jnp.inexact)], statistics
 
-    def program(parts: tuple, args: tuple, kwargs: dict) -> tuple:
-        batch, statistics = outputs(parts, "batch", args, kwargs)
+    def program(params: Any, *others: Any) -> tuple:
+        batch, statistics = outputs("batch", params, *others)
         if not batch:
             return statistics, None, True, None
-        running, pull = jax.vjp(
-            lambda p: outputs((p, *parts[1:]), "running", args, kwargs)[0], parts[0]
-        )
+        running, pull = jax.vjp(lambda p: outputs("running", p, *others)[0], params)
         keys = jax.random.split(jax.random.key(0), len(running))
         weights = [
             jax.random.normal(k, y.shape, y.dtype)
@@ -368,7 +388,7 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
             pull(weights)[0],
         )
 
-    run, arrays = models.of_arrays(program, parts, args, kwargs)
+    run, arrays = models.of_arrays(program, params, rest, args, kwargs)
     statistics, gap, finite, slopes = jax.jit(run)(arrays)
     if set(seen["batch"]) != set(seen.get("running", seen["batch"])):
         raise _check.error(
@@ -394,14 +414,14 @@ def _gap(batch: jax.Array, running: jax.Array) -> jax.Array:
     return jnp.where(off > 0, jnp.sqrt(off / spread), 0).astype(jnp.float32)
 
 
-def _linen_parts(model: Any, variables: Any) -> tuple[tuple, Callable]:
+def _linen_parts(model: Any, variables: Any) -> tuple[Any, Any, Callable]:
     from flax.core import DenyList
 
     rest = dict(variables)
     params = rest.pop("params", {})
-    rest["batch_stats"] = with_places(rest.get("batch_stats", {}))
 
-    def call(params, rest, mode, args, kwargs):
+    def call(mode, params, rest, args, kwargs):
+        rest = {**rest, "batch_stats": with_places(rest.get("batch_stats", {}))}
         # Any name of a stream falls back on that of params.
         with watching_linen(mode) as watch:
             y, updated = model.apply(
@@ -413,22 +433,25 @@ def _linen_parts(model: Any, variables: Any) -> tuple[tuple, Callable]:
             )
         return y, updated.get("batch_stats", {}), watch.seen
 
-    return (params, rest), call
+    return params, rest, call
 
 
-def _nnx_parts(model: Any, variables: None) -> tuple[tuple, Callable]:
+def _nnx_parts(model: Any, variables: None) -> tuple[Any, Any, Callable]:
     from flax import nnx
 
-    graph, params, rest = nnx.split(watched(model), nnx.Param, ...)
+    of: Any = nnx.split(watched(model), nnx.Param, ...)
+    graph, params, rest = of
 
-    def call(params, rest, mode, args, kwargs):
+    def call(mode, params, rest, args, kwargs):
         # Variables made anew, which may change at the level of tracing that is here.
-        merged = nnx.merge(graph, *jax.tree.map(lambda a: a, (params, rest)))
+        params, rest = (jax.tree.map(lambda a: a, state) for state in (params, rest))
+        merged = nnx.merge(graph, params, rest)
+        _renumber(merged)
         with watching_nnx(mode) as watch:
             y = merged(*args, **kwargs)
         return y, nnx.state(merged, nnx.BatchStat), watch.seen
 
-    return (params, rest), call
+    return params, rest, call
 
 
 def stepped(step: Callable, model: Any, variables: Any) -> tuple[dict, Any, Any]:

@@ -53,7 +53,7 @@ def load(path: Any) -> dict[str, Any]:
         return _plain(path, _orbax(path) if path.is_dir() else _file(path))
 
 
-class _Refused(ValueError):
+class _HouseError(ValueError):
     """An error in the house form, which is not wrapped into another."""
 
 
@@ -64,19 +64,19 @@ def _refused(
     " flax.serialization.to_bytes or numpy.savez",
     kind: str = "",
 ) -> Exception:
-    of = FileNotFoundError if kind == "missing" else _Refused
+    of = FileNotFoundError if kind == "missing" else _HouseError
     return _check.error(of, "checkpoint", rule, got, todo)
 
 
 @contextlib.contextmanager
 def _reading(path: pathlib.Path) -> Iterator[None]:
-    """What a library raises over damaged data, whatever it be, as an error that says so.
+    """What a library raises over damaged data, as an error that says so.
 
-    A file that is damaged or made to harm can take a reader anywhere.
+    A file that is damaged, or made to harm, can lead a reader to any kind of error.
     """
     try:
         yield
-    except (_Refused, ImportError, PermissionError):
+    except (_HouseError, ImportError, PermissionError):
         raise
     except Exception as fault:
         words = " ".join(f"{type(fault).__name__}: {fault}".split())[:200].rstrip(". ")

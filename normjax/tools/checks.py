@@ -55,7 +55,7 @@ class Patient:
     """A norm and what is known of it; arrays are on the host.
 
     Attributes:
-      path: with slashes.
+      place: its path in the model.
       kind: as of `Norm`; None where it is not known.
       module: its fields; None where there is but a tree.
       values: its mean, var, count, scale and bias, those it has.
@@ -67,7 +67,7 @@ class Patient:
       slopes: the gradients of its scale and bias, in the sum of all outputs.
     """
 
-    path: str
+    place: tuple[str, ...]
     kind: str | None
     module: Any
     values: dict[str, np.ndarray]
@@ -76,6 +76,11 @@ class Patient:
     updates: int | None = None
     after_step: str | None = None
     slopes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """Its path with slashes."""
+        return "/".join(self.place)
 
 
 @dataclasses.dataclass
@@ -368,9 +373,11 @@ def _variance(case: Case) -> Iterator[Finding | str]:
     for norm in case.running:
         var = _wide(norm.values["var"])
         epsilon = _field(norm, "epsilon", 1e-5)
-        small = (var >= 0) & (var < NEAR_ZERO * epsilon)
+        # The start of 1, taken off again, leaves a rounding error.
+        negative = var < -4 * np.finfo(np.float32).eps
+        small = ~negative & (var < NEAR_ZERO * epsilon)
         kinds = [
-            (var < 0, "negative", "error", "Recompute the statistics over data anew"),
+            (negative, "negative", "error", "Recompute the statistics over data anew"),
             (
                 small,
                 f"below {NEAR_ZERO * epsilon:.0e}, far below epsilon={epsilon:.0e}",
@@ -526,8 +533,7 @@ def _bias(case: Case) -> Iterator[Finding | str]:
 def _decay(case: Case) -> Iterator[Finding | str]:
     decayed = _decayed(case.optimizer, case.params)
     for norm in case.norms:
-        path = tuple(norm.path.split("/"))
-        names = [k for k in ("scale", "bias") if decayed.get((*path, k))]
+        names = [k for k in ("scale", "bias") if decayed.get((*norm.place, k))]
         if names:
             yield Finding(
                 "norm-decayed",

@@ -52,8 +52,14 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         """Says it in plain lines."""
         lines = [self._title(), *map(str, self.findings)]
-        lines += [f"not checked {k}: {why}" for k, why in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._unchecked()])
+
+    def _unchecked(self) -> list[str]:
+        """What was not checked, in one line for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            reasons.setdefault(why, []).append(name)
+        return [f"not checked {', '.join(k)}: {why}" for why, k in reasons.items()]
 
     def _title(self) -> str:
         numbers = {"norm": self.norms, "finding": len(self.findings)}
@@ -77,12 +83,12 @@ class Report(NamedTuple):
         table = Table("finding", "what", "what to type", title=self._title())
         for f in self.findings:
             style = {"error": "red", "warning": "yellow"}[f.severity]
-            name = Text(f.name, style).append(f"\n{f.path or 'the model'}", "bold")
-            table.add_row(name, Text(f.what), Text(f.todo), end_section=True)
+            first = Text(f.name, style).append(f"\n{f.path or 'the model'}", "bold")
+            table.add_row(first, Text(f.what), Text(f.todo), end_section=True)
         console = Console()
         console.print(table)
-        for name, why in self.skipped.items():
-            console.print(Text(f"not checked {name}: {why}", "dim"))
+        for line in self._unchecked():
+            console.print(Text(line, "dim"))
 
 
 def doctor(
@@ -163,7 +169,11 @@ def doctor(
             continue
         found = list(check(case))
         findings += [f for f in found if isinstance(f, Finding)]
-        if said := [why for why in found if isinstance(why, str)]:
+        said = [why for why in found if isinstance(why, str)]
+        unreached = [n.path for n in case.norms if not n.calls]
+        if need in ("call", "outputs") and unreached:
+            said.append(f"the call does not reach {', '.join(unreached)}")
+        if said:
             skipped[name] = "; ".join(said)
     return Report(tuple(findings), skipped, len(case.norms))
 
@@ -215,7 +225,7 @@ def _of_model(
         params, statistics = _nnx_variables(model)
     arrays = models.flat(params) | models.flat(statistics)
     norms = [
-        Patient("/".join(n.path), n.kind, n.module, _of_path(arrays, n.path))
+        Patient(n.path, n.kind, n.module, _of_path(arrays, n.path))
         for n in models.find_norms(model, *args, **kwargs)
     ]
     _check_statistics(norms)
@@ -288,7 +298,7 @@ def _call(case: Case, model: Any, variables: Any, args: tuple, kwargs: dict) -> 
     slopes = models.flat(measured.slopes)
     case.called, case.gap, case.finite = True, measured.gap, measured.finite
     for norm in case.norms:
-        path = tuple(norm.path.split("/"))
+        path = norm.place
         if path not in measured.seen:
             continue
         norm.calls = measured.seen[path]
@@ -304,7 +314,7 @@ def _step(case: Case, step: Callable, model: Any, variables: Any) -> None:
     seen, before, after = calls.stepped(step, model, variables)
     before, after = models.flat(before), models.flat(after)
     for norm in case.norms:
-        path = tuple(norm.path.split("/"))
+        path = norm.place
         old, new = (_of_path(a, path, ("mean", "var")) for a in (before, after))
         if path not in seen or len(new) < 2:
             continue
@@ -325,8 +335,6 @@ def _of_tree(
     stacked: bool,
     given: dict,
 ) -> Case:
-    if hasattr(tree, "to_pure_dict"):  # an nnx state
-        tree = tree.to_pure_dict()
     if not isinstance(tree, Mapping):
         raise _refused(
             "model must be a module of flax.linen or flax.nnx, or a tree of variables",
@@ -366,7 +374,7 @@ def _in_tree(arrays: dict) -> list[Patient]:
             found.setdefault(at, {}).update(leaves)
     return [
         Patient(
-            "/".join(path),
+            path,
             "BatchNorm" if "mean" in values else None,
             None,
             {k: np.asarray(jax.device_get(a)) for k, a in values.items()},

@@ -1,0 +1,436 @@
+"""The doctor finds each fault in a model that has it, and none in one that has not."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contexts import mesh
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normjax.__main__
+import normjax.nnx
+from normjax import linen, tools
+
+MASK = np.arange(16)[:, None, None] < 14
+X = np.random.default_rng(0).normal(size=(16, 6, 4)).astype(np.float32) * MASK
+FEW = 2  # samples of 6 positions
+
+
+class Linen(nn.Module):
+    """Norms by the names of the faults that they have unless the model is sound."""
+
+    sound: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        sound = self.sound
+        norm = functools.partial(
+            linen.BatchNorm, use_running_average=not train, momentum=0.8
+        )
+        x = norm(name="mask")(x, mask=MASK if sound else None)
+        x = nn.Dense(4, use_bias=not sound, name="dense")(x)
+        x = norm(name="bias", debias=True)(x, mask=MASK)
+        first = norm(name="twice")
+        second = norm(name="second") if sound else first
+        x = second(first(x, mask=MASK), mask=MASK)
+        x = norm(name="slow", momentum=0.8 if sound else 0.99)(x, mask=MASK)
+        kept = {} if sound else {"param_dtype": jnp.bfloat16}
+        x = norm(name="half", force_float32_reductions=sound, **kept)(x, mask=MASK)
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        y = linen.GroupNorm(2 if sound else 4, name="one")(x[:, 0].astype(jnp.float32))
+        n = 16 if sound else FEW
+        few = norm(name="few", debias=True)(x[:n], mask=MASK[:n])
+        alive = np.array([1, 1, 1, sound], np.float32)
+        constant = norm(name="constant")(x * alive, mask=MASK)
+        z = nn.relu(norm(name="dead", debias=True)(x, mask=MASK))
+        return nn.Dense(2)(z), y, few, constant
+
+
+class Nnx(nnx.Module):
+    """The same."""
+
+    def __init__(self, sound, rngs):
+        norm = functools.partial(normjax.nnx.BatchNorm, 4, momentum=0.8, rngs=rngs)
+        self.sound = sound
+        self.mask, self.bias, self.half = norm(), norm(debias=True), norm()
+        self.dense = nnx.Linear(4, 4, use_bias=not sound, rngs=rngs)
+        self.twice, self.slow = norm(), norm(momentum=0.8 if sound else 0.99)
+        self.second = norm() if sound else self.twice
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.one = normjax.nnx.GroupNorm(4, 2 if sound else 4, rngs=rngs)
+        self.few, self.constant, self.dead = norm(debias=True), norm(), norm(debias=True)
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.mask(x, mask=MASK if self.sound else None)
+        x = self.bias(self.dense(x), mask=MASK)
+        x = self.second(self.twice(x, mask=MASK), mask=MASK)
+        x = self.half(self.slow(x, mask=MASK), mask=MASK)
+        y = self.one(self.dropout(x)[:, 0])
+        n = 16 if self.sound else FEW
+        few = self.few(x[:n], mask=MASK[:n])
+        alive = np.array([1, 1, 1, self.sound], np.float32)
+        constant = self.constant(x * alive, mask=MASK)
+        return self.head(nnx.relu(self.dead(x, mask=MASK))), y, few, constant
+
+
+PATHS = {"mask", "bias", "twice", "slow", "half", "one", "few", "constant", "dead"}
+
+
+def unmasked(params):
+    """False for the parameters of norms."""
+    return jax.tree.map_with_path(
+        lambda path, _: not PATHS.union({"second"}) & {p.key for p in path[:1]}, params
+    )
+
+
+def optimizer(sound):
+    return optax.adamw(1e-3, mask=unmasked if sound else None)
+
+
+@functools.cache
+def report(system, sound):
+    jax.config.update("jax_disable_most_optimizations", True)
+    bias = np.array([-100.0, 0, 0, 0], np.float32)
+    try:
+        if system == "nnx":
+            model = Nnx(sound, nnx.Rngs(0))
+            model(X)  # trains the statistics
+            if not sound:
+                model.dead.bias[...] = jnp.asarray(bias)
+                model.half.mean[...] = model.half.mean[...].astype(jnp.bfloat16)
+                half = model.half.mean, model.half.var
+                for variable in half:
+                    variable.set_value(variable[...].astype(jnp.bfloat16))
+            model.eval()
+            return tools.doctor(model, X, optimizer=optimizer(sound), steps=20)
+        model = Linen(sound)
+        variables = model.init(jax.random.key(0), X, False)
+        _, trained = model.apply(
+            variables,
+            X,
+            True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(1)},
+        )
+        variables = {"params": variables["params"], **trained}
+        if not sound:
+            variables["params"]["dead"]["bias"] = bias
+        before = jax.tree.map(np.array, variables)
+        found = tools.doctor(
+            model,
+            X,
+            train=True,
+            variables=variables,
+            optimizer=optimizer(sound),
+            steps=20,
+        )
+        jax.tree.map(np.testing.assert_array_equal, before, variables)
+        return found
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+FAULTS = {
+    ("updated-twice", "twice"): "its statistics are updated 2 times in one step",
+    ("half-precision", "half"): "mean is kept in bfloat16, var is kept in bfloat16; with"
+    " momentum 0.8 a batch that is less than 2% off changes nothing",
+    ("momentum-too-slow", "slow"): "after 20 steps of momentum 0.99 its statistics are"
+    " still 82% those of the start, 0 and 1",
+    ("few-values", "few"): "12 values for each mean and var, x of shape (2, 6, 4)",
+    ("bias-before-norm", "bias"): "the bias of dense right before it changes nothing,"
+    " since the mean is taken off",
+    ("group-of-one", "one"): "one value for each mean, x of shape (16, 4): what it"
+    " returns is the bias alone",
+    ("mask-unused", "mask"): "2 samples at the end of the batch are all zero, padding it"
+    " seems, and count in its moments",
+    ("dead-channels", "dead"): "no output of the model depends on 1 of 4 channels (0),"
+    " on this batch",
+    ("dead-channels", "constant"): "x is constant over the batch in 1 of 4 channels (3),"
+    " on this batch",
+} | {
+    ("norm-decayed", path): "the optimizer moves scale and bias where their gradients"
+    " are zero"
+    for path in PATHS
+}
+each_system = pytest.mark.parametrize("system", ["linen", "nnx"])
+
+
+@each_system
+def test_a_sound_model_has_no_finding(system):
+    assert report(system, True).findings == ()
+    assert list(report(system, True).skipped) == ["replicas-differ"]
+
+
+@each_system
+def test_a_faulty_model_has_each_finding_and_no_other(system):
+    found = {
+        # A module in two places of an nnx model has the path of the last.
+        (f.name, f.path.replace("second", "twice")): f.what
+        for f in report(system, False).findings
+    }
+    assert found == FAULTS
+
+
+class Digits(nn.Module):
+    """A small network as one would write it."""
+
+    library: object
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(8, (3, 3), use_bias=False)(x)
+        norm = self.library.BatchNorm(use_running_average=not train, momentum=0.8)
+        x = nn.relu(norm(x))
+        x = nn.relu(self.library.GroupNorm(2)(nn.Conv(8, (3, 3))(x)))
+        x = nn.Dropout(0.2, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(2)(self.library.LayerNorm()(x))
+
+
+class NnxDigits(nnx.Module):
+    def __init__(self, library, rngs):
+        self.first = nnx.Conv(1, 8, (3, 3), use_bias=False, rngs=rngs)
+        self.second = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.batch = library.BatchNorm(8, momentum=0.8, rngs=rngs)
+        self.group = library.GroupNorm(8, 2, rngs=rngs)
+        self.layer = library.LayerNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.head = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.batch(self.first(x)))
+        x = nnx.relu(self.group(self.second(x)))
+        return self.head(self.layer(self.dropout(x.mean((1, 2)))))
+
+
+def images(n):
+    """Images of two kinds, bars upright and lying, in noise."""
+    rng = np.random.default_rng(n)
+    labels = rng.integers(0, 2, n)
+    x = rng.normal(size=(n, 6, 6, 1)) + 1
+    x[labels == 0, :, 2:4] += 2
+    x[labels == 1, 2:4] += 2
+    return x.astype(np.float32), labels
+
+
+IMAGES, LABELS = images(32)
+TX = optax.sgd(0.1)
+
+
+@pytest.mark.parametrize("library", [nn, linen], ids=["flax", "normjax"])
+def test_a_trained_linen_model_is_healthy(library, quick_compile):
+    model = Digits(library)
+    variables = model.init(jax.random.key(0), IMAGES, False)
+
+    def loss(params, stats, key):
+        y, updated = model.apply(
+            {"params": params, "batch_stats": stats},
+            IMAGES,
+            True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        of = optax.softmax_cross_entropy_with_integer_labels(y, LABELS)
+        return of.mean(), updated["batch_stats"]
+
+    @jax.jit
+    def step(variables, key=None):
+        key = jax.random.key(0) if key is None else key
+        params, stats = variables["params"], variables["batch_stats"]
+        (_, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, stats, key)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        return {"params": params, "batch_stats": stats}
+
+    for i in range(20):
+        variables = step(variables, jax.random.key(i))
+    report = tools.doctor(
+        model, IMAGES, True, variables=variables, optimizer=TX, steps=20, step=step
+    )
+    assert report.findings == (), str(report)
+    assert list(report.skipped) == ["replicas-differ"]
+    assert (report.norms, report.failed(strict=True)) == (3, False)
+
+
+@pytest.mark.parametrize("library", [nnx, normjax.nnx], ids=["flax", "normjax"])
+def test_a_trained_nnx_model_is_healthy(library, quick_compile):
+    model = NnxDigits(library, nnx.Rngs(0))
+
+    def loss(model):
+        of = optax.softmax_cross_entropy_with_integer_labels(model(IMAGES), LABELS)
+        return of.mean()
+
+    @nnx.jit
+    def step(model):
+        grads = nnx.grad(loss)(model)
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
+
+    for _ in range(20):
+        step(model)
+    before = tools.checksum(nnx.state(model))
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+    report = tools.doctor(model, IMAGES, optimizer=optimizer, steps=20, step=step)
+    assert report.findings == (), str(report)
+    assert list(report.skipped) == ["replicas-differ"]
+    assert (tools.checksum(nnx.state(model)) == before).all()
+
+
+# Statistics that steps leave behind.
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return linen.BatchNorm(use_running_average=not train, name="norm")(x)
+
+
+@functools.cache
+def normed():
+    model = Normed()
+    return model, model.init(jax.random.key(0), X, False)
+
+
+def named(report):
+    return {(f.name, f.path) for f in report.findings}
+
+
+def linen_step(keeps, train, variables):
+    model, _ = normed()
+    _, updated = model.apply(variables, X, train, mutable=["batch_stats"])
+    return {**variables, **(updated if keeps else {})}
+
+
+@pytest.mark.parametrize(
+    ("keeps", "train", "found"),
+    [
+        (True, True, {("never-updated", "norm")}),  # before the step, which updates it
+        (False, True, {("update-dropped", "norm")}),
+        (True, False, {("never-updated", "norm")}),
+    ],
+)
+def test_a_linen_step_that_drops_statistics_is_found(keeps, train, found):
+    model, variables = normed()
+    step = jax.jit(functools.partial(linen_step, keeps, train))
+    report = tools.doctor(model, X + 9, True, variables=variables, step=step)
+    names = {"train-eval-gap", "mask-unused"}
+    assert {f for f in named(report) if f[0] not in names} == found
+    trained = linen_step(True, True, variables)
+    report = tools.doctor(model, X + 9, True, variables=trained, step=step)
+    found = {f for f in named(report) if f[0] not in names}
+    assert found == (set() if keeps else {("update-dropped", "norm")})
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
+def test_an_nnx_step_under_plain_jit_is_found(jit):
+    step = jit(lambda model: None if model(X) is None else None)
+    report = tools.doctor(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), step=step, steps=0)
+    ours = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    assert named(report) == named(tools.doctor(ours, step=step, steps=0))
+    if jit is nnx.jit:
+        assert named(report) == set()
+        return
+    (finding,) = report.findings
+    assert str(finding) == (
+        "error update-dropped the model: a step updates mean and var, and they are as"
+        " before after it. Wrap the step in nnx.jit, not in jax.jit."
+    )
+
+
+def tree(**leaves):
+    norm = {"mean": np.ones(3), "var": np.full(3, 2.0), **leaves}
+    params = {k: norm.pop(k) for k in ("scale", "bias") if k in norm}
+    return {"params": {"a": {"n": params}}, "batch_stats": {"a": {"n": norm}}}
+
+
+START = {"mean": np.zeros(3), "var": np.ones(3)}
+AT = "in 1 of 3 channels (1)"
+
+
+@pytest.mark.parametrize(
+    ("leaves", "steps", "name", "what"),
+    [
+        (START, None, "never-updated", "mean is 0 and var is 1 in all channels, as at"
+         " the start"),
+        (START | {"count": np.zeros(3)}, 3, "never-updated", "mean is 0 and var is 1 in"
+         " all channels, as at the start"),
+        (START | {"scale": np.arange(3.0)}, None, "update-dropped", "mean is 0 and var"
+         " is 1 as at the start, while scale or bias has moved"),
+        ({"mean": np.array([1, np.inf, 1])}, None, "not-finite", "mean is NaN or infinite"
+         f" {AT}"),
+        ({"scale": np.array([1, np.nan, 1])}, None, "not-finite", "scale is NaN or"
+         f" infinite {AT}"),
+        ({"var": np.array([1, 1e-9, 1])}, None, "extreme-variance", "the running var is"
+         f" below 1e-07, far below epsilon=1e-05 {AT}: 1.0e-09 to 1.0e-09"),
+        ({"var": np.array([1, 1e9, 1])}, None, "extreme-variance", "the running var is"
+         f" above 1e+08 {AT}: 1.0e+09 to 1.0e+09"),
+        ({"var": np.array([1, -1.0, 1])}, None, "extreme-variance", "the running var is"
+         f" negative {AT}: -1.0e+00 to -1.0e+00"),
+        ({"var": np.ones(3, jnp.bfloat16)}, None, "half-precision", "var is kept in"
+         " bfloat16; with momentum 0.9 a batch that is less than 4% off changes nothing"),
+        ({}, 5, "momentum-too-slow", "after 5 steps of momentum 0.9 its statistics are"
+         " still 59% those of the start, 0 and 1"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_tree_is_found_and_none_in_a_sound_one(leaves, steps, name, what):
+    (finding,) = [
+        f
+        for f in tools.doctor(tree(**leaves), steps=steps, momentum=0.9).findings
+        if f.name != "momentum-too-slow" or not leaves
+    ]
+    assert (finding.name, finding.path, finding.what) == (name, "a/n", what)
+    sound = {"scale": np.arange(3.0), "bias": np.zeros(3)}
+    assert tools.doctor(tree(**sound), steps=30, momentum=0.9).findings == ()
+
+
+def test_a_model_before_its_first_step_is_sound():
+    assert tools.doctor(tree(**START), steps=0).findings == ()
+
+
+def test_an_optimizers_moments_are_no_statistics():
+    given = tree() | {"opt_state": {"0": {"mu": {"a": {"scale": np.full(3, np.nan)}}}}}
+    report = tools.doctor(given)
+    assert (report.findings, report.norms) == ((), 1)
+
+
+def test_an_nnx_state_is_a_tree():
+    norm = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(norm, nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+    report = tools.doctor(nnx.state(model))
+    assert named(report) == {("never-updated", "layers/0")} and report.norms == 2
+
+
+# Replicas.
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_replicas_that_differ_are_found(stacked):
+    def given(drifts):
+        var = np.ones((8, 3), np.float32)
+        var[6] += drifts
+        mean = np.ones((8, 3), np.float32)
+        if not stacked:
+            sharding = NamedSharding(mesh((8,), ("d",)), P())
+            mean, var = (
+                jax.make_array_from_single_device_arrays(
+                    (3,), sharding, list(map(jax.device_put, a, jax.devices()))
+                )
+                for a in (mean, var)
+            )
+        return {"batch_stats": {"n": {"mean": mean, "var": var}}}
+
+    (finding,) = tools.doctor(given(1), stacked=stacked).findings
+    device = 6 if stacked else jax.devices()[6]
+    assert (finding.name, finding.path, finding.what) == (
+        "replicas-differ",
+        "batch_stats/n/var",
+        f"not the same on all of 8 devices; it differs on {device}",
+    )
+    report = tools.doctor(given(0), stacked=stacked)
+    assert report.findings == () and "replicas-differ" not in report.skipped
