@@ -1,7 +1,7 @@
 """The doctor finds each fault in a model that has it, and none in one that has not."""
 
 import functools
-import json
+import importlib
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import normjax.__main__
 import normjax.nnx
 from normjax import linen, tools
 
@@ -65,7 +64,11 @@ class Nnx(nnx.Module):
         self.second = norm() if sound else self.twice
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
         self.one = normjax.nnx.GroupNorm(4, 2 if sound else 4, rngs=rngs)
-        self.few, self.constant, self.dead = norm(debias=True), norm(), norm(debias=True)
+        self.few, self.constant, self.dead = (
+            norm(debias=True),
+            norm(),
+            norm(debias=True),
+        )
         self.head = nnx.Linear(4, 2, rngs=rngs)
 
     def __call__(self, x):
@@ -140,7 +143,10 @@ def report(system, sound):
 
 FAULTS = {
     ("updated-twice", "twice"): "its statistics are updated 2 times in one step",
-    ("half-precision", "half"): "mean is kept in bfloat16, var is kept in bfloat16; with"
+    (
+        "half-precision",
+        "half",
+    ): "mean is kept in bfloat16, var is kept in bfloat16; with"
     " momentum 0.8 a batch that is less than 2% off changes nothing",
     ("momentum-too-slow", "slow"): "after 20 steps of momentum 0.99 its statistics are"
     " still 82% those of the start, 0 and 1",
@@ -149,12 +155,17 @@ FAULTS = {
     " since the mean is taken off",
     ("group-of-one", "one"): "one value for each mean, x of shape (16, 4): what it"
     " returns is the bias alone",
-    ("mask-unused", "mask"): "2 samples at the end of the batch are all zero, padding it"
+    (
+        "mask-unused",
+        "mask",
+    ): "2 samples at the end of the batch are all zero, padding it"
     " seems, and count in its moments",
     ("dead-channels", "dead"): "no output of the model depends on 1 of 4 channels (0),"
     " on this batch",
-    ("dead-channels", "constant"): "x is constant over the batch in 1 of 4 channels (3),"
-    " on this batch",
+    (
+        "dead-channels",
+        "constant",
+    ): "x is constant over the batch in 1 of 4 channels (3), on this batch",
 } | {
     ("norm-decayed", path): "the optimizer moves scale and bias where their gradients"
     " are zero"
@@ -329,7 +340,10 @@ def test_a_linen_step_that_drops_statistics_is_found(keeps, train, found):
 
 @pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
 def test_an_nnx_step_under_plain_jit_is_found(jit):
-    step = jit(lambda model: None if model(X) is None else None)
+    def step(model):
+        model(X)
+
+    step = jit(step)
     report = tools.doctor(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), step=step, steps=0)
     ours = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     assert named(report) == named(tools.doctor(ours, step=step, steps=0))
@@ -434,3 +448,230 @@ def test_replicas_that_differ_are_found(stacked):
     )
     report = tools.doctor(given(0), stacked=stacked)
     assert report.findings == () and "replicas-differ" not in report.skipped
+
+
+# How a model is compiled.
+
+
+class Inside(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        devices = {"axis_name": "d", "missing_axis": "ignore"}
+        x = linen.BatchNorm(use_running_average=False, name="norm", **devices)(x)
+        return nn.LayerNorm(name="layer")(x), None
+
+
+class Compiled(nn.Module):
+    over: str
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "batch_stats": 0}
+        split = {"params": True}
+        if self.over == "scan":
+            of = nn.scan(Inside, variable_axes=axes, split_rngs=split, length=3)
+        elif self.over == "carry":  # one norm, called three times
+            carry = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
+            of = nn.scan(Inside, **carry, split_rngs={"params": False}, length=3)
+        else:
+            of = nn.jit(Inside)
+        return of(name="in")(x, None)[0]
+
+
+@pytest.mark.parametrize("over", ["scan", "jit", "carry"])
+def test_norms_within_compiled_parts_are_seen(over, quick_compile):
+    model = Compiled(over)
+    inside = Inside()
+    shape = (3,) if over == "scan" else ()
+    of = inside.init(jax.random.key(0), X, None)
+    of = jax.tree.map(lambda a: jnp.broadcast_to(a, shape + a.shape), of)
+    variables = {collection: {"in": tree} for collection, tree in of.items()}
+    variables["batch_stats"]["in"]["norm"]["mean"] += 5 * np.eye(4, dtype=np.float32)[3]
+    if over == "jit":
+        jax.jit(lambda v: model.apply(v, X, mutable=["batch_stats"]))(variables)
+    report = tools.doctor(model, X, variables=variables)
+    found = {("train-eval-gap", "in/norm"), ("mask-unused", "in/norm")}
+    if over == "carry":
+        found |= {("updated-twice", "in/norm")}
+        assert "updated 3 times" in str(report)
+    assert named(report) == found
+    assert report.skipped["few-values"] == (
+        "how many devices sync is not known here, of in/norm"
+    )
+    assert set(report.skipped) == {
+        *("few-values", "replicas-differ", "momentum-too-slow", "norm-decayed")
+    }
+
+
+# Weight decay.
+
+PARAMS = {"dense": {"kernel": np.ones((3, 3), np.float32)}}
+PARAMS |= {"n": {k: np.ones(3, np.float32) for k in ("scale", "bias")}}
+KERNELS = {"dense": {"kernel": True}, "n": {"scale": False, "bias": False}}
+LATE = optax.linear_schedule(0.0, 1e-3, 100)
+
+
+@pytest.mark.parametrize(
+    ("tx", "decays"),
+    [
+        (optax.adamw(1e-3), True),
+        (optax.adamw(LATE), True),
+        (optax.MultiSteps(optax.adamw(1e-3), 8), True),
+        (optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9)), True),
+        (optax.lamb(1e-3, weight_decay=0.1), True),
+        (optax.adamw(1e-3, mask=KERNELS), False),
+        (
+            optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p)),
+            False,
+        ),
+        (optax.adam(1e-3), False),
+        (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), False),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), False),
+    ],
+)
+def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays):
+    stats = {"n": {"mean": np.ones(3), "var": np.ones(3)}}
+    report = tools.doctor({"params": PARAMS, "batch_stats": stats}, optimizer=tx)
+    assert named(report) == ({("norm-decayed", "n")} if decays else set())
+    assert "norm-decayed" not in report.skipped
+
+
+# Padding.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ([[5, 3, 0, 0], [2, 0, 0, 0], [4, 4, 4, 1]], {"positions": (5, (3, 4))}),
+        ([[5, 3, 1, 0], [2, 9, 2, 0], [4, 4, 4, 0]], {}),  # all alike: no padding
+        ([[5, 3], [2, 1], [0, 0]], {"samples": (1, (3,))}),
+        ([[0, 3], [0, 1]], {}),
+    ],
+)
+def test_padding_is_known_by_zeros_at_the_end(tokens, found):
+    tokens = np.array(tokens)
+    labels, ok = np.zeros(3), np.zeros((3, 4), bool)
+    assert tools_padding(((tokens, labels, ok), {"train": True})) == found
+    floats = np.tile(tokens[..., None].astype(np.float32), 2)
+    assert tools_padding(((floats,), {})) == found
+
+
+def tools_padding(arguments):
+    return importlib.import_module("normjax.tools.doctor")._padding(arguments)
+
+
+# What it says, and how.
+
+
+def test_a_report_is_printed_as_a_table_or_in_lines(capsys, monkeypatch):
+    report = tools.doctor(tree(**START))
+    report.show()
+    table = capsys.readouterr().out
+    assert "what to type" in table and "never-updated" in table
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    report.show()
+    assert capsys.readouterr().out == f"{report}\n"
+    lines = str(report).splitlines()
+    assert lines[:2] == [
+        "1 norm, 1 finding",
+        "error never-updated a/n: mean is 0 and var is 1 in all channels, as at the"
+        ' start. Keep updates["batch_stats"] of model.apply(..., mutable=["batch_stats"])'
+        " in linen; wrap steps in nnx.jit, not jax.jit, in nnx.",
+    ]
+    assert lines[2] == (
+        "not checked updated-twice, few-values, bias-before-norm, group-of-one,"
+        " mask-unused: needs the model, and the arguments of its call while training"
+    )
+
+
+BAD = [
+    (
+        lambda: tools.doctor({"dense": {"kernel": np.ones((2, 2))}}),
+        "doctor: there must be a norm to look at. Got dict of ['dense'], and no mean"
+        " beside a var, no scale with at most a bias. Pass the model with a call that"
+        " reaches its norms, or its variables whole, params and batch_stats.",
+    ),
+    (
+        lambda: tools.doctor(nn.Dropout(0.5), X, True, variables={}),
+        "doctor: there must be a norm to look at. Got Dropout. Pass the model with a call"
+        " that reaches its norms, or its variables whole, params and batch_stats.",
+    ),
+    (
+        lambda: tools.doctor(np.ones(3)),
+        "doctor: model must be a module of flax.linen or flax.nnx, or a tree of"
+        " variables. Got ndarray. Pass the model itself, its variables, or"
+        " nnx.state(model).",
+    ),
+    (
+        lambda: tools.doctor(tree(), X),
+        "doctor: a tree of variables cannot be called. Got a tree, and with it what goes"
+        " with a model. Pass the model in its place, with variables= for linen.",
+    ),
+    (
+        lambda: tools.doctor(tree(var=np.ones(2))),
+        "doctor: mean and var of a batch norm must have one shape. Got a/n/mean of shape"
+        " (3,), a/n/var of shape (2,). Pass the statistics of one model.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, True, variables={"params": {}}),
+        "doctor: the statistics of a batch norm must be among the variables. Got no"
+        ' batch_stats/norm/mean. Pass variables={"params": params, "batch_stats":'
+        " batch_stats}.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, True),
+        "doctor: a linen model needs its variables, and an nnx model has them. Got a"
+        " model of linen, variables of NoneType. Pass variables=model.init(...),"
+        " trained, or leave them out for nnx.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], variables=normed()[1]),
+        "doctor: a linen model is known by a call. Got no arguments of it. Pass those of"
+        " its call while training, or the variables alone.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, True, variables=[1]),
+        "doctor: variables must be the dictionary that init returns. Got list. Pass"
+        ' {"params": params, "batch_stats": batch_stats}.',
+    ),
+    (
+        lambda: tools.doctor(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), X, momentum=0.9),
+        "doctor: stacked and momentum go with variables alone. Got stacked=False,"
+        " momentum=0.9 and a model. Leave them out, or pass the variables in place of"
+        " the model.",
+    ),
+    (
+        lambda: tools.doctor(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), X * np.nan),
+        "doctor: the batch must be finite, so that what is not comes from the model. Got"
+        " NaN or infinity in the argument 0. Pass a batch of clean data.",
+    ),
+    (
+        lambda: tools.doctor(
+            nnx.LayerNorm(4, rngs=nnx.Rngs(0)), x={"image": X / np.float32(0)}
+        ),
+        "doctor: the batch must be finite, so that what is not comes from the model. Got"
+        " NaN or infinity in the argument x['image']. Pass a batch of clean data.",
+    ),
+    (
+        lambda: tools.doctor(
+            normed()[0], X, True, variables=normed()[1], step=lambda v: v["params"]
+        ),
+        "doctor: step must return the variables after it, as it is given those before"
+        ' it. Got dict of [\'norm\']. Return {"params": params, "batch_stats":'
+        " batch_stats}.",
+    ),
+    (
+        lambda: tools.doctor(tree(scale=np.ones(3)), optimizer="adamw"),
+        "doctor: optimizer must be an optax transformation or an nnx.Optimizer. Got str."
+        " Pass optax.adamw(...), say.",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_what_cannot_be_looked_at_is_named(call, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        call()
+    assert str(error.value) == message

@@ -50,11 +50,13 @@ class Watch:
       mode: "batch" or "running", the statistics that batch norms are to normalize
         with, and leave as they are; or "own": as the model says, and updated.
       seen: the calls of each norm, by path; those of a loop's body once.
+      found: the kind of each norm, and the module bound to no variables; of linen.
     """
 
     def __init__(self, mode: str):
         self.mode = mode
         self.seen: dict[tuple[str, ...], list[Call]] = {}
+        self.found: dict[tuple[str, ...], tuple[str, Any]] = {}
         # By id, with the array itself, so that its id is not another's meanwhile.
         self._biased: dict[int, tuple[Any, tuple]] = {}
 
@@ -129,9 +131,11 @@ def _linen_swap(watch: Watch) -> Callable:
 
     def swap(module: Any) -> Callable | None:
         kind = models.kind_of(module)
-        if kind is None:
-            if not isinstance(module, layers) or not module.use_bias:
-                return None
+        if kind is not None:
+            watch.found.setdefault(module.path, (kind, module.clone(parent=None)))
+        elif not isinstance(module, layers) or not module.use_bias:
+            return None
+        else:
             return lambda *args, **kwargs: watch.layer(
                 module.path, module(*args, **kwargs)
             )
@@ -158,8 +162,15 @@ def _linen_batch_norm(
     else:
         running = None
     x, mask, updates = jnp.asarray(x), kwargs.get("mask"), _updates(module, running)
-    updates = updates and module.is_mutable_collection("batch_stats")
     watch.norm(module.path, x, mask, updates)
+    if not module.has_variable("batch_stats", "mean"):
+        raise _check.error(
+            ValueError,
+            "doctor",
+            "the statistics of a batch norm must be among the variables",
+            f"no batch_stats/{'/'.join((*module.path, 'mean'))}",
+            'Pass variables={"params": params, "batch_stats": batch_stats}',
+        )
     if not module.is_mutable_collection("batch_stats"):
         raise _check.error(
             ValueError,
@@ -192,9 +203,8 @@ def watching_linen(mode: str) -> Iterator[Watch]:
         yield watch
 
 
-# A program that was compiled before would not be traced again, and nothing be seen. Each
-# watch sees trees and modules of a structure that no other has seen, which begin with a
-# number of their own.
+# A program that was compiled before is not traced again, and nothing would be seen. So
+# each watch sees trees and modules of a structure of their own, with a number in it.
 _numbers = itertools.count()
 
 
@@ -343,6 +353,7 @@ class Measured(NamedTuple):
 
     Attributes:
       seen: the calls of each norm, by path.
+      found: the kind and the module of each, of linen.
       statistics: the tree of statistics, with what was measured beside them.
       gap: the largest difference of an output under batch and under running statistics,
         over that output's spread; None where no output is floating.
@@ -352,6 +363,7 @@ class Measured(NamedTuple):
     """
 
     seen: dict[tuple[str, ...], list[Call]]
+    found: dict[tuple[str, ...], tuple[str, Any]]
     statistics: Any
     gap: float | None
     finite: bool
@@ -362,10 +374,10 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
     """Calls a model with batch statistics, and with running ones, in one program."""
     linen = models.system_of("doctor", model) == "linen"
     params, rest, call = (_linen_parts if linen else _nnx_parts)(model, variables)
-    seen: dict[str, dict] = {}
+    watches: dict[str, Watch] = {}
 
     def outputs(mode: str, *parts: Any) -> tuple:
-        y, statistics, seen[mode] = call(mode, *parts)
+        y, statistics, watches[mode] = call(mode, *parts)
         floats = [jnp.asarray(a) for a in jax.tree.leaves(y)]
         return [a for a in floats if jnp.issubdtype(a.dtype, jnp.inexact)], statistics
 
@@ -390,7 +402,8 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
 
     run, arrays = models.of_arrays(program, params, rest, args, kwargs)
     statistics, gap, finite, slopes = jax.jit(run)(arrays)
-    if set(seen["batch"]) != set(seen.get("running", seen["batch"])):
+    batch, last = watches["batch"], [*watches.values()][-1]
+    if set(batch.seen) != set(last.seen):
         raise _check.error(
             RuntimeError,
             "doctor",
@@ -399,7 +412,8 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
             "Call jax.clear_caches() first",
         )
     return Measured(
-        seen["batch"],
+        batch.seen,
+        batch.found,
         statistics,
         None if gap is None else float(gap),
         bool(finite),
@@ -431,7 +445,7 @@ def _linen_parts(model: Any, variables: Any) -> tuple[Any, Any, Callable]:
                 mutable=DenyList("params"),
                 **kwargs,
             )
-        return y, updated.get("batch_stats", {}), watch.seen
+        return y, updated.get("batch_stats", {}), watch
 
     return params, rest, call
 
@@ -449,7 +463,7 @@ def _nnx_parts(model: Any, variables: None) -> tuple[Any, Any, Callable]:
         _renumber(merged)
         with watching_nnx(mode) as watch:
             y = merged(*args, **kwargs)
-        return y, nnx.state(merged, nnx.BatchStat), watch.seen
+        return y, nnx.state(merged, nnx.BatchStat), watch
 
     return params, rest, call
 

@@ -150,18 +150,6 @@ def doctor(
         case = _of_model(model, args, kwargs, variables, step, stacked, given)
     else:
         case = _of_tree(model, args, kwargs, variables, step, stacked, given)
-    if not case.norms:
-        raise _check.error(
-            ValueError,
-            "doctor",
-            "there must be a norm to look at",
-            f"{type(model).__name__}"
-            + ("" if case.system else f" of {sorted(model)}")
-            + ", and no mean beside a var, no scale with at most a bias"
-            * (case.system is None),
-            "Pass the model with a call that reaches its norms, or its variables whole,"
-            " params and batch_stats",
-        )
     findings, skipped = [], {}
     for name, (need, check) in checks.CHECKS.items():
         if why := case.lacks(need):
@@ -224,15 +212,22 @@ def _of_model(
     else:
         params, statistics = _nnx_variables(model)
     arrays = models.flat(params) | models.flat(statistics)
-    norms = [
-        Patient(n.path, n.kind, n.module, _of_path(arrays, n.path))
-        for n in models.find_norms(model, *args, **kwargs)
-    ]
-    _check_statistics(norms)
-    case = Case(norms, system, arrays, params, **given)
+    stored = _in_tree(models.flat(statistics))
+    _check_shapes(stored)
+    measured, found = None, {}
     if args or kwargs:
+        measured = calls.measure(model, variables, args, kwargs)
+        found = measured.found
+    if system == "nnx":
+        found = {n.path: (n.kind, n.module) for n in models.find_norms(model)}
+    norms = [
+        Patient(path, *of, _of_path(arrays, path)) for path, of in found.items()
+    ] + [norm for norm in stored if norm.place not in found]
+    _check_some(norms, type(model).__name__)
+    case = Case(norms, system, arrays, params, **given)
+    if measured is not None:
         case.padding = _padding((args, kwargs))
-        _call(case, model, variables, args, kwargs)
+        _enter(case, measured)
     if step is not None:
         _step(case, step, model, variables)
     return case
@@ -269,17 +264,21 @@ def _of_path(
     return {name: np.asarray(a) for name, a in jax.device_get(found).items()}
 
 
-def _check_statistics(norms: list[Patient]) -> None:
+def _check_some(norms: list[Patient], got: str) -> None:
+    if not norms:
+        raise _check.error(
+            ValueError,
+            "doctor",
+            "there must be a norm to look at",
+            got,
+            "Pass the model with a call that reaches its norms, or its variables whole,"
+            " params and batch_stats",
+        )
+
+
+def _check_shapes(norms: list[Patient]) -> None:
     for norm in norms:
         shapes = {k: norm.values[k].shape for k in ("mean", "var") if k in norm.values}
-        if norm.kind == "BatchNorm" and len(shapes) < 2:
-            raise _check.error(
-                ValueError,
-                "doctor",
-                "the statistics of a batch norm must be among the variables",
-                f"no batch_stats/{norm.path}/{'var' if shapes else 'mean'}",
-                'Pass variables={"params": params, "batch_stats": batch_stats}',
-            )
         if len(set(shapes.values())) > 1:
             raise _check.error(
                 ValueError,
@@ -291,20 +290,18 @@ def _check_statistics(norms: list[Patient]) -> None:
             )
 
 
-def _call(case: Case, model: Any, variables: Any, args: tuple, kwargs: dict) -> None:
-    """Calls the model, and enters what was seen."""
-    measured = calls.measure(model, variables, args, kwargs)
+def _enter(case: Case, measured: calls.Measured) -> None:
+    """Enters what was seen and measured in a call."""
     statistics = models.flat(measured.statistics)
     slopes = models.flat(measured.slopes)
     case.called, case.gap, case.finite = True, measured.gap, measured.finite
     for norm in case.norms:
-        path = norm.place
-        if path not in measured.seen:
+        if norm.place not in measured.seen:
             continue
-        norm.calls = measured.seen[path]
-        norm.slopes = _of_path(slopes, path, ("scale", "bias"))
-        found = _of_path(statistics, path, (calls.MEAN, calls.VAR, calls.UPDATES))
-        if found:
+        norm.calls = measured.seen[norm.place]
+        norm.slopes = _of_path(slopes, norm.place, ("scale", "bias"))
+        names = (calls.MEAN, calls.VAR, calls.UPDATES)
+        if found := _of_path(statistics, norm.place, names):
             norm.batch = {"mean": found[calls.MEAN], "var": found[calls.VAR]}
             norm.updates = int(found[calls.UPDATES].max(initial=0))
 
@@ -350,7 +347,9 @@ def _of_tree(
     arrays = models.flat(tree)
     params = tree.get("params")
     norms = _in_tree(arrays)
-    _check_statistics(norms)
+    nothing = "no mean beside a var, no scale with at most a bias"
+    _check_some(norms, f"{type(tree).__name__} of {sorted(tree)}, and {nothing}")
+    _check_shapes(norms)
     if stacked:
         for norm in norms:
             norm.values = {k: a[0] for k, a in norm.values.items()}
@@ -415,11 +414,12 @@ def _padding(tree: Any) -> dict[str, tuple]:
     for a in jax.tree.leaves(tree):
         if not hasattr(a, "dtype") or a.dtype == bool or np.ndim(a) < 2:
             continue
+        whole = np.issubdtype(a.dtype, np.integer)
         a = np.asarray(a) != 0
         n = _zeros_at_end(a.reshape(1, len(a), -1).any(-1))[0]
         if 0 < n < len(a):
             found["samples"] = (n, a.shape[:1])
-        if a.ndim == (2 if np.issubdtype(a.dtype, np.integer) else 3):
+        if a.ndim == (2 if whole else 3):
             at_end = _zeros_at_end(a.reshape(*a.shape[:2], -1).any(-1)[: len(a) - n])
             if len(set(at_end)) > 1:
                 found["positions"] = (int(at_end.sum()), a.shape[:2])
