@@ -1,4 +1,4 @@
-"""Checkpoints are read without their model, and what is damaged or hostile is refused."""
+"""Checkpoints are read without their model; what is damaged or hostile is refused."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from flax.serialization import to_bytes
 from golden import write
 
 from normjax.__main__ import main
-from normjax.tools import checkpoints
+from normjax.tools import checkpoints, models
 
 GOLDEN = pathlib.Path(write.__file__).parent
 TREE = {
@@ -66,10 +66,16 @@ def test_every_kind_gives_the_tree_that_was_saved(kind, tmp_path):
 
 
 def test_a_checkpoint_of_other_devices_and_versions_is_read():
-    for path in sorted(GOLDEN.glob("*/*.orbax")):
-        norm = checkpoints.load(path)
-        norm = norm.get("batch_stats", norm)["BatchNorm"]
-        assert {type(norm[k]) for k in ("mean", "var")} <= {np.ndarray, dict}
+    folders = list(GOLDEN.glob("jax-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        want = checkpoints.load(folder / "linen.msgpack")
+        got = checkpoints.load(folder / "linen.orbax")
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        of_nnx = models.flat(checkpoints.load(folder / "nnx.orbax"))
+        assert of_nnx["BatchNorm", "var"].shape == (
+            want["batch_stats"]["BatchNorm"]["var"].shape
+        )
 
 
 class Runs:
@@ -144,7 +150,7 @@ DAMAGED = (
         ("longer", DAMAGED % "ExtraData: unpack(b) received extra data"),
         ("words", DAMAGED % "ExtraData: unpack(b) received extra data"),
         ("claim", DAMAGED % "ValueError: 4294967295 exceeds max_array_len(8)"),
-        ("deep", DAMAGED % "StackError: too nested"),
+        ("deep", DAMAGED % "StackError"),
         (
             "object",
             DAMAGED % "ValueError: cannot create an OBJECT array from memory buffer",

@@ -30,8 +30,13 @@ ORDER = {
     "tools.batches": 7,
     "tools.models": 7,
     "tools.replicas": 7,
+    "tools.calls": 8,
+    "tools.checkpoints": 8,
+    "tools.checks": 8,
+    "tools.doctor": 9,
     "tools": 10,
     "__init__": 11,
+    "__main__": 12,
 }
 PUBLIC = [
     (module, name)
@@ -54,7 +59,9 @@ def imported(path):
             parts = node.module.split(".")
             if parts[0] == "normjax":
                 one = ".".join(parts[1:])
-                yield from [one] if one else [a.name for a in node.names]
+                inside = [f"{one}.{a.name}".lstrip(".") for a in node.names]
+                files = [name for name in inside if name in ORDER]
+                yield from files or [one]
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("normjax."):
@@ -109,8 +116,11 @@ def test_public_names_are_those_of_the_design():
         assert {n for m, n in PUBLIC if m is library} == modules
     assert {n for m, n in PUBLIC if m is tools} == {
         "Drift",
+        "Finding",
         "Norm",
+        "Report",
         "checksum",
+        "doctor",
         "find_drift",
         "find_norms",
         "merge_replicas",

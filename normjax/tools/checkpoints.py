@@ -79,7 +79,7 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
     except (_HouseError, ImportError, PermissionError):
         raise
     except Exception as fault:
-        words = " ".join(f"{type(fault).__name__}: {fault}".split())[:200].rstrip(". ")
+        words = " ".join(f"{type(fault).__name__}: {fault}".split())[:200].rstrip(".: ")
         raise _refused(
             "the checkpoint must be whole, and of the kind it seems to be",
             f"{path}, of which reading ends in {words}",
