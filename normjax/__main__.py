@@ -1,58 +1,60 @@
-"""``python -m normjax``: what is to be known of a checkpoint, without its model."""
+"""The command line: ``python -m normjax doctor CHECKPOINT``."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from normjax import tools
 from normjax.tools import checkpoints
 
 
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder of orbax, or file of msgpack or npz")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 2 where it has nothing to read.
+
+    Example:
+      >>> from normjax.__main__ import main
+      >>> main(["doctor", "no/such/place"])
+      2
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m normjax", description="Tools for the norms of trained models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _add_doctor(commands: Any) -> None:
+    words = "looks for what goes wrong with norms; exit status 1 where something does"
+    parser = commands.add_parser("doctor", help=words, description=words)
+    parser.add_argument(
+        "checkpoint", help="a folder of orbax, a file of msgpack or npz"
+    )
     parser.add_argument("--steps", type=int, help="training steps there were")
     parser.add_argument(
-        "--momentum", type=float, help="of its batch norms, the old value's part"
+        "--momentum", type=float, help="of its batch norms, the OLD value's part"
     )
     parser.add_argument("--strict", action="store_true", help="warnings fail, too")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="prints JSON instead")
+    parser.set_defaults(run=_doctor)
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    """Exit status 1 where the doctor found an error."""
-    tree = checkpoints.load(options.checkpoint)
-    report = tools.doctor(tree, steps=options.steps, momentum=options.momentum)
-    if options.json:
+def _doctor(args: argparse.Namespace) -> int:
+    tree = checkpoints.load(args.checkpoint)
+    report = tools.doctor(tree, steps=args.steps, momentum=args.momentum)
+    if args.json:
         findings = [f._asdict() for f in report.findings]
-        print(json.dumps({**report._asdict(), "findings": findings}, indent=2))
+        print(json.dumps({**report._asdict(), "findings": findings}, indent=1))
     else:
         report.show()
-    return int(report.failed(options.strict))
-
-
-# By name: what it does, its arguments, and what runs and returns the exit status.
-COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
-    "doctor": (
-        "look for what goes wrong with norms; exit status 1 where something does",
-        _doctor_arguments,
-        _doctor,
-    ),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; exit status 2 where its checkpoint cannot be read."""
-    parser = argparse.ArgumentParser("python -m normjax", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (does, add_arguments, _) in COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=does, description=does))
-    options = parser.parse_args(arguments)
-    try:
-        return COMMANDS[options.command][2](options)
-    except (OSError, ImportError, TypeError, ValueError) as fault:
-        print(fault, file=sys.stderr)
-        return 2
+    return int(report.failed(args.strict))
 
 
 if __name__ == "__main__":

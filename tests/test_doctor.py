@@ -213,8 +213,8 @@ class Digits(nn.Module):
     def __call__(self, x, train):
         running = {"use_running_average": not train, "momentum": 0.8}
         x = nn.relu(nn.BatchNorm(**running)(nn.Conv(8, (3, 3), use_bias=False)(x)))
-        x = nn.relu(linen.BatchNorm(**running)(nn.Conv(8, (3, 3), use_bias=False)(x)))
-        x = nn.relu(nn.GroupNorm(2)(nn.Conv(8, (3, 3))(x)))
+        x = nn.relu(linen.BatchNorm(**running)(nn.Dense(8, use_bias=False)(x)))
+        x = nn.relu(nn.GroupNorm(2)(nn.Dense(8)(x)))
         x = linen.GroupNorm(2)(x).mean((1, 2))
         x = nn.Dropout(0.2, deterministic=not train)(x)
         return nn.Dense(2)(nn.LayerNorm()(nn.Dense(8)(linen.RMSNorm()(x))))
@@ -222,9 +222,12 @@ class Digits(nn.Module):
 
 class NnxDigits(nnx.Module):
     def __init__(self, rngs):
-        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
-        self.convs = nnx.List(
-            [conv(1, 8, use_bias=False), conv(8, 8, use_bias=False), conv(8, 8)]
+        self.layers = nnx.List(
+            [
+                nnx.Conv(1, 8, (3, 3), use_bias=False, rngs=rngs),
+                nnx.Linear(8, 8, use_bias=False, rngs=rngs),
+                nnx.Linear(8, 8, rngs=rngs),
+            ]
         )
         self.norms = nnx.List(
             [
@@ -240,8 +243,8 @@ class NnxDigits(nnx.Module):
         self.hidden, self.head = (nnx.Linear(8, n, rngs=rngs) for n in (8, 2))
 
     def __call__(self, x):
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(conv(x)))
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = nnx.relu(norm(layer(x)))
         x = self.dropout(self.group(x).mean((1, 2)))
         return self.head(self.layer(self.hidden(self.rms(x))))
 
@@ -488,19 +491,26 @@ class Compiled(nn.Module):
         elif self.over == "carry":  # one norm, called three times
             carry = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
             of = nn.scan(Inside, **carry, split_rngs={"params": False}, length=3)
+        elif self.over == "fixed":
+            fixed = {"variable_broadcast": ("params", "batch_stats")}
+            of = nn.scan(Inside, **fixed, split_rngs={"params": False}, length=3)
         else:
             of = nn.jit(Inside)
         return of(name="in")(x, None)[0]
 
 
+def inside_of(shape, x):
+    of = jax.tree.map(
+        lambda a: jnp.broadcast_to(a, (*shape, *a.shape)),
+        Inside().init(jax.random.key(0), x, None),
+    )
+    return {collection: {"in": tree} for collection, tree in of.items()}
+
+
 @pytest.mark.parametrize("over", ["scan", "jit", "carry"])
 def test_norms_within_compiled_parts_are_seen(over, quick_compile):
     model = Compiled(over)
-    inside = Inside()
-    shape = (3,) if over == "scan" else ()
-    of = inside.init(jax.random.key(0), X, None)
-    of = jax.tree.map(lambda a: jnp.broadcast_to(a, shape + a.shape), of)
-    variables = {collection: {"in": tree} for collection, tree in of.items()}
+    variables = inside_of((3,) if over == "scan" else (), X)
     variables["batch_stats"]["in"]["norm"]["mean"] += 5 * np.eye(4, dtype=np.float32)[3]
     if over == "jit":
         jax.jit(lambda v: model.apply(v, X, mutable=["batch_stats"]))(variables)
@@ -674,6 +684,22 @@ BAD = [
         "doctor: step must return the variables after it, as it is given those before"
         ' it. Got dict of [\'norm\']. Return {"params": params, "batch_stats":'
         " batch_stats}.",
+    ),
+    (
+        lambda: tools.doctor(tree(), momentum=1.1),
+        "doctor: momentum is the part of the old value that is kept and must lie in"
+        " [0, 1]. Got momentum=1.1. PyTorch's momentum m is momentum=1 - m here.",
+    ),
+    (
+        lambda: tools.doctor(tree(), steps=-1),
+        "doctor: steps, how many there were, must not be negative. Got steps=-1. Leave"
+        " it out where it is not known.",
+    ),
+    (
+        lambda: tools.doctor(Compiled("fixed"), X, variables=inside_of((), X)),
+        "doctor: batch_stats must be mutable where the model calls a batch norm. Got"
+        " statistics of in/norm that a step cannot update. Call the model as while"
+        ' training; in nn.scan give variable_axes={"params": 0, "batch_stats": 0}.',
     ),
     (
         lambda: tools.doctor(tree(scale=np.ones(3)), optimizer="adamw"),

@@ -122,8 +122,8 @@ def doctor(
       momentum: of the batch norms, the part of the OLD value, where ``model`` is
         variables alone.
       step: takes one training step, and is called once: for linen with variables, of
-        which it returns those after it; for nnx with a copy of the model, which it
-        changes.
+        which it returns those after it, with some entries of the doctor's own among
+        their statistics; for nnx with a copy of the model, which it changes.
       stacked: whether ``model`` is variables whose arrays have the replicas along their
         first axis, as ``pmap`` returns them.
       **kwargs: arguments of the model's call, by name.
@@ -145,6 +145,15 @@ def doctor(
       >>> [(f.name, f.path, f.what) for f in report.findings]
       [('not-finite', 'norm', 'var is NaN or infinite in 1 of 2 channels (1)')]
     """
+    _check.momentum("doctor", 0.0 if momentum is None else momentum)
+    if steps is not None and steps < 0:
+        raise _check.error(
+            ValueError,
+            "doctor",
+            "steps, how many there were, must not be negative",
+            f"steps={steps}",
+            "Leave it out where it is not known",
+        )
     given = {"momentum": momentum, "steps": steps, "optimizer": optimizer}
     if _is_module(model):
         case = _of_model(model, args, kwargs, variables, step, stacked, given)
@@ -361,9 +370,10 @@ def _in_tree(arrays: dict) -> list[Patient]:
 
     Those of an optimizer's state, moments of gradients, are none.
     """
+    of_optimizer = {"opt_state", "mu", "nu", "trace"}
     nodes: dict[tuple, dict] = {}
     for path, a in arrays.items():
-        if path and "opt_state" not in path and np.ndim(a) > 0:
+        if path and of_optimizer.isdisjoint(path) and np.ndim(a) > 0:
             nodes.setdefault(path[:-1], {})[path[-1]] = a
     found: dict[tuple, dict] = {}
     for node, leaves in nodes.items():
