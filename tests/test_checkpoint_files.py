@@ -199,7 +199,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_a_folder_with_a_file_cut_off_is_refused(tmp_path):
-    path = saved("orbax", tmp_path)
+    path = saved("orbax", tmp_path, {"norm": {"var": np.arange(9.0)}})
     (data,) = [p for p in (path / "d").iterdir()]
     data.write_bytes(data.read_bytes()[:-20])
     with pytest.raises(ValueError) as error:

@@ -431,6 +431,22 @@ def test_an_optimizers_moments_are_no_statistics():
     assert (report.findings, report.norms) == ((), 1)
 
 
+@pytest.mark.parametrize("collection", ["batch_stats", "stats"])
+def test_statistics_and_parameters_of_a_norm_are_one(collection):
+    """Whatever the collection is called, and with averages of parameters beside it."""
+    norm = {"scale": np.array([1.0, np.nan]), "bias": np.zeros(2)}
+    scales = {"a": {"n": norm}, "b": {"n": {"scale": np.ones(2)}}}
+    stats = {"mean": np.ones(2), "var": np.full(2, np.inf)}
+    given = {"params": scales, collection: {"a": {"n": stats}}}
+    for more in ({}, {"ema": {"a": {"n": {"scale": np.ones(2)}}}}):
+        report = tools.doctor(given | more)
+        assert report.norms == 2 + len(more)
+        assert [(f.path, f.what[:5]) for f in report.findings] == [
+            ("a/n", "var i"),
+            ("a/n", "scale"),
+        ]
+
+
 def test_an_nnx_state_is_a_tree():
     norm = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     model = nnx.Sequential(norm, nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
@@ -491,9 +507,6 @@ class Compiled(nn.Module):
         elif self.over == "carry":  # one norm, called three times
             carry = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
             of = nn.scan(Inside, **carry, split_rngs={"params": False}, length=3)
-        elif self.over == "fixed":
-            fixed = {"variable_broadcast": ("params", "batch_stats")}
-            of = nn.scan(Inside, **fixed, split_rngs={"params": False}, length=3)
         else:
             of = nn.jit(Inside)
         return of(name="in")(x, None)[0]
@@ -694,12 +707,6 @@ BAD = [
         lambda: tools.doctor(tree(), steps=-1),
         "doctor: steps, how many there were, must not be negative. Got steps=-1. Leave"
         " it out where it is not known.",
-    ),
-    (
-        lambda: tools.doctor(Compiled("fixed"), X, variables=inside_of((), X)),
-        "doctor: batch_stats must be mutable where the model calls a batch norm. Got"
-        " statistics of in/norm that a step cannot update. Call the model as while"
-        ' training; in nn.scan give variable_axes={"params": 0, "batch_stats": 0}.',
     ),
     (
         lambda: tools.doctor(tree(scale=np.ones(3)), optimizer="adamw"),

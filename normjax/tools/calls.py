@@ -171,15 +171,6 @@ def _linen_batch_norm(
             f"no batch_stats/{'/'.join((*module.path, 'mean'))}",
             'Pass variables={"params": params, "batch_stats": batch_stats}',
         )
-    if not module.is_mutable_collection("batch_stats"):
-        raise _check.error(
-            ValueError,
-            "doctor",
-            "batch_stats must be mutable where the model calls a batch norm",
-            f"statistics of {'/'.join(module.path)} that a step cannot update",
-            'Call the model as while training; in nn.scan give variable_axes={"params":'
-            ' 0, "batch_stats": 0}',
-        )
 
     def get(name: str) -> Any:
         return module.get_variable("batch_stats", name)

@@ -228,8 +228,7 @@ def _restored(path: pathlib.Path) -> Any:
             "Run pip install orbax-checkpoint",
         ) from fault
     with ocp.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.metadata(path).item_metadata
-        tree = getattr(found, "tree", found)
+        tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
         sizes = [
             math.prod(m.shape) * np.dtype(m.dtype).itemsize
             for m in jax.tree.leaves(tree)

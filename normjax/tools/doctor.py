@@ -374,22 +374,32 @@ def _in_tree(arrays: dict) -> list[Patient]:
     nodes: dict[tuple, dict] = {}
     for path, a in arrays.items():
         if path and of_optimizer.isdisjoint(path) and np.ndim(a) > 0:
-            nodes.setdefault(path[:-1], {})[path[-1]] = a
-    found: dict[tuple, dict] = {}
-    for node, leaves in nodes.items():
-        names = set(leaves)
-        if {"mean", "var"} <= names or "scale" in names <= {"scale", "bias"}:
-            at = tuple(k for k in node if k not in ("params", "batch_stats"))
-            found.setdefault(at, {}).update(leaves)
-    return [
-        Patient(
-            path,
-            "BatchNorm" if "mean" in values else None,
-            None,
-            {k: np.asarray(jax.device_get(a)) for k, a in values.items()},
-        )
-        for path, values in found.items()
-    ]
+            nodes.setdefault(path[:-1], {})[path[-1]] = np.asarray(jax.device_get(a))
+    stats = {k: of for k, of in nodes.items() if {"mean", "var"} <= set(of)}
+    others = {k: of for k, of in nodes.items() if "scale" in of and set(of) <= _AFFINE}
+    norms = []
+    for path, of in stats.items():
+        other, place = _counterpart(path, of, others)
+        norms.append(Patient(place, "BatchNorm", None, of | others.pop(other, {})))
+    for path, of in others.items():
+        place = tuple(name for name in path if name != "params")
+        norms.append(Patient(place, None, None, of))
+    return norms
+
+
+_AFFINE = {"scale", "bias"}
+
+
+def _counterpart(path: tuple, of: dict, others: dict) -> tuple[Any, tuple]:
+    """The path of the scale and bias of statistics, and what is common to both.
+
+    It has "params" where the statistics have the name of their collection.
+    """
+    for i in range(len(path)):
+        other = (*path[:i], "params", *path[i + 1 :])
+        if other in others and others[other]["scale"].shape == of["mean"].shape:
+            return other, path[:i] + path[i + 1 :]
+    return None, tuple(name for name in path if name != "batch_stats")
 
 
 def _finite_batch(tree: Any) -> None:
