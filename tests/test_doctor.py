@@ -445,6 +445,12 @@ def test_statistics_and_parameters_of_a_norm_are_one(collection):
             ("a/n", "var i"),
             ("a/n", "scale"),
         ]
+    twice = {"new": {"s": given}, "old": {"s": given}}
+    report = tools.doctor(twice)
+    assert report.norms == 4
+    assert {f.path for f in report.findings} == {"new/s/a/n", "old/s/a/n"}
+    deeper = {"params": scales, "state": {collection: given[collection]}}
+    assert tools.doctor(deeper).norms == 2
 
 
 def test_an_nnx_state_is_a_tree():

@@ -1,6 +1,7 @@
 """A model's norms looked over for what goes wrong with them, and what to type."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -393,13 +394,21 @@ _AFFINE = {"scale", "bias"}
 def _counterpart(path: tuple, of: dict, others: dict) -> tuple[Any, tuple]:
     """The path of the scale and bias of statistics, and what is common to both.
 
-    It has "params" where the statistics have the name of their collection.
+    After "params" it goes on as the statistics' does after the name of their
+    collection, which may be any; and of several it is the one that begins alike.
     """
-    for i in range(len(path)):
-        other = (*path[:i], "params", *path[i + 1 :])
-        if other in others and others[other]["scale"].shape == of["mean"].shape:
-            return other, path[:i] + path[i + 1 :]
-    return None, tuple(name for name in path if name != "batch_stats")
+    found = []
+    for other, values in others.items():
+        after = other[other.index("params") + 1 :] if "params" in other else None
+        if after is None or values["scale"].shape != of["mean"].shape:
+            continue
+        if path[len(path) - len(after) :] == after != path:
+            alike = os.path.commonprefix([path, other])
+            found.append((len(alike), len(after), other, (*alike, *after)))
+    if not found:
+        return None, tuple(name for name in path if name != "batch_stats")
+    *_, other, place = max(found)
+    return other, place
 
 
 def _finite_batch(tree: Any) -> None:
