@@ -490,6 +490,61 @@ def test_replicas_that_differ_are_found(stacked):
     assert report.findings == () and "replicas-differ" not in report.skipped
 
 
+class Words(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.one = (nnx.BatchNorm(2, rngs=rngs) for _ in range(2))
+        self.sign = normjax.nnx.RMSNorm(1, rngs=rngs)
+        self.unused = nnx.LayerNorm(2, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = jnp.cos(tokens[..., None] + jnp.arange(2.0))
+        y = self.norm(x), self.one(x[:1, 0]), self.sign(x[..., :1])
+        return jax.tree.map(lambda a: jnp.log(-1 - a**2), y)
+
+
+def test_other_faults_of_a_call_are_found(quick_compile):
+    tokens = np.array([[5, 3, 0, 0], [2, 0, 0, 0], [4, 4, 4, 1]])
+    report = tools.doctor(Words(nnx.Rngs(0)), tokens, steps=0)
+    found = {(f.name, f.path): (f.severity, f.what) for f in report.findings}
+    gone = {k: found.pop(k) for k in list(found) if k[0] == "dead-channels"}
+    assert found == {
+        ("not-finite", ""): (
+            "error",
+            "an output is NaN or infinite, while what its norms hold is finite",
+        ),
+        ("few-values", "norm"): (
+            "warning",
+            "12 values for each mean and var, x of shape (3, 4, 2)",
+        ),
+        ("few-values", "one"): (
+            "error",
+            "1 value for each mean and var, x of shape (1, 2): what it returns is its"
+            " bias",
+        ),
+        ("group-of-one", "sign"): (
+            "error",
+            "one value for each mean, x of shape (3, 4, 1): what it returns is the sign"
+            " of x",
+        ),
+        ("mask-unused", "norm"): (
+            "warning",
+            "5 positions at the end of the batch are all zero, padding it seems, and"
+            " count in its moments",
+        ),
+    }
+    assert set(gone) == {("dead-channels", "one")}  # of one value, which is constant
+    assert report.skipped["mask-unused"] == "the call does not reach unused"
+
+
+def test_statistics_that_a_call_does_not_reach_are_named(quick_compile):
+    model, variables = normed()
+    other = {"other": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
+    stats = linen_step(True, True, variables)["batch_stats"] | other
+    report = tools.doctor(model, X, True, variables={**variables, "batch_stats": stats})
+    assert ("never-updated", "other") in named(report) and report.norms == 2
+    assert report.skipped["few-values"] == "the call does not reach other"
+
+
 # How a model is compiled.
 
 

@@ -235,8 +235,6 @@ _RETURN = {
     "linen": 'Return updates["batch_stats"] from the step, and pass them to the next',
     "nnx": "Wrap the step in nnx.jit, not in jax.jit",
 }
-
-
 _DEBUG = 'jax.config.update("jax_debug_nans", True) names the operation it comes from'
 
 
@@ -407,7 +405,7 @@ def _dead_channels(case: Case) -> Iterator[Finding | str]:
         if _all_finite(norm.batch):
             mean, var = norm.batch["mean"], norm.batch["var"]
             # What the rounding of a mean makes of values that are all the same.
-            constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2 + 1e-60
+            constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2
             if constant.any():
                 what = f"x is constant over the batch in {_channels(constant)}"
                 yield _no_life(norm, what)

@@ -1,7 +1,7 @@
 """A model's norms looked over for what goes wrong with them, and what to type."""
 
 import importlib.util
-import os
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -403,7 +403,8 @@ def _counterpart(path: tuple, of: dict, others: dict) -> tuple[Any, tuple]:
         if after is None or values["scale"].shape != of["mean"].shape:
             continue
         if path[len(path) - len(after) :] == after != path:
-            alike = os.path.commonprefix([path, other])
+            both = zip(path, other, strict=False)
+            alike = [a for a, _ in itertools.takewhile(lambda ab: ab[0] == ab[1], both)]
             found.append((len(alike), len(after), other, (*alike, *after)))
     if not found:
         return None, tuple(name for name in path if name != "batch_stats")
