@@ -48,7 +48,7 @@ class Watch:
 
     Attributes:
       mode: "batch" or "running", the statistics that batch norms are to normalize
-        with, and leave as they are; or "own": as the model says, and updated.
+        with, whatever the model says; or "own": as it says.
       seen: the calls of each norm, by path; those of a loop's body once.
       found: the kind of each norm, and the module bound to no variables; of linen.
     """
@@ -95,13 +95,7 @@ def _batch_norm(
             old = reach.get(name)
             reach.put(name, value.reshape(old.shape).astype(old.dtype))
     reach.put(UPDATES, reach.get(UPDATES) + updates)
-    names = ("mean", "var", "count")
-    before = {name: a for name in names if (a := reach.get(name)) is not None}
-    y = reach.call(watch.mode == "running")
-    if watch.mode != "own":
-        for name, value in before.items():
-            reach.put(name, value)
-    return y
+    return reach.call(watch.mode == "running")
 
 
 def _updates(module: Any, use_running_average: bool | None) -> bool:
