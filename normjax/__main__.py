@@ -1,4 +1,4 @@
-"""The command line: ``python -m normjax inspect CHECKPOINT``."""
+"""The command line: ``python -m normjax doctor`` and ``inspect``, of a checkpoint."""
 
 import argparse
 import json
@@ -7,22 +7,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from normjax import _check
-from normjax.tools import checkpoints, plots, tables
+from normjax import _check, tools
+from normjax.tools.checkpoints import load
+from normjax.tools.tables import rich_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status.
+    """Runs a command and returns its exit status: 2 where it has nothing to read.
 
     Example:
       >>> from normjax.__main__ import main
-      >>> main(["inspect", "no/such/place"])
+      >>> main(["doctor", "no/such/place"])
       2
     """
     parser = argparse.ArgumentParser(
         prog="python -m normjax", description="Tools for the norms of trained models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands)
     _add_inspect(commands)
     args = parser.parse_args(argv)
     try:
@@ -32,24 +34,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _add_doctor(commands: Any) -> None:
+    words = "looks for what goes wrong with norms; exit status 1 where something does"
+    parser = commands.add_parser("doctor", help=words, description=words)
+    parser.add_argument(
+        "checkpoint", help="a folder of orbax, a file of msgpack or npz"
+    )
+    parser.add_argument("--steps", type=int, help="training steps there were")
+    parser.add_argument(
+        "--momentum", type=float, help="of its batch norms, the OLD value's part"
+    )
+    parser.add_argument("--strict", action="store_true", help="warnings fail, too")
+    parser.add_argument("--json", action="store_true", help="prints JSON instead")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    tree = load(args.checkpoint)
+    report = tools.doctor(tree, steps=args.steps, momentum=args.momentum)
+    if args.json:
+        findings = [f._asdict() for f in report.findings]
+        print(json.dumps({**report._asdict(), "findings": findings}, indent=1))
+    else:
+        report.show()
+    return int(report.failed(args.strict))
+
+
 def _add_inspect(commands: Any) -> None:
     words = "prints the table of the norms of a checkpoint"
     parser = commands.add_parser("inspect", help=words, description=words)
-    parser.add_argument("checkpoint", help="a checkpoint's folder")
+    parser.add_argument(
+        "checkpoint", help="a folder of orbax, a file of msgpack or npz"
+    )
     parser.add_argument("--plot", metavar="PNG", help="draws it, too")
     parser.add_argument("--json", action="store_true", help="prints JSON instead")
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    rows = tables.norm_table(checkpoints.load(args.checkpoint))
+    rows = tools.norm_table(load(args.checkpoint))
     if args.plot:
-        plots.plot_table(rows, path=args.plot)
+        tools.plot_table(rows, path=args.plot)
     if args.json:
         plain = [_plain({**row._asdict(), "path": row.name}) for row in rows]
         print(json.dumps(plain, indent=1, allow_nan=False))
         return 0
-    table = tables.rich_table(rows)
+    table = rich_table(rows)
     console = _check.needed("inspect", "rich", "rich.console").Console
     # Lines as long as the table is wide: a number that is cut short would mislead.
     wide = console(width=10_000)

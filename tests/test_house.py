@@ -28,13 +28,15 @@ ORDER = {
     "linen": 6,
     "nnx": 6,
     "tools.batches": 7,
-    "tools.checkpoints": 7,
     "tools.files": 7,
     "tools.merging": 7,
     "tools.models": 7,
     "tools.presets": 7,
     "tools.replicas": 7,
     "tools.average": 8,
+    "tools.calls": 8,
+    "tools.checkpoints": 8,
+    "tools.checks": 8,
     "tools.convert": 8,
     "tools.looks": 8,
     "tools.optimize": 8,
@@ -43,6 +45,7 @@ ORDER = {
     "tools.sweep_nnx": 8,
     "tools.tables": 8,
     "tools.tent": 8,
+    "tools.doctor": 9,
     "tools.freeze": 9,
     "tools.plots": 9,
     "tools.recalibrate": 9,
@@ -71,7 +74,9 @@ def imported(path):
             parts = node.module.split(".")
             if parts[0] == "normjax":
                 one = ".".join(parts[1:])
-                yield from [one] if one else [a.name for a in node.names]
+                inside = [f"{one}.{a.name}".lstrip(".") for a in node.names]
+                files = [name for name in inside if name in ORDER]
+                yield from files or [one]
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("normjax."):
@@ -126,16 +131,19 @@ def test_public_names_are_those_of_the_design():
         assert {n for m, n in PUBLIC if m is library} == modules
     assert {n for m, n in PUBLIC if m is tools} == {
         "Drift",
+        "Finding",
         "Look",
         "Moved",
         "Norm",
         "Rate",
         "Recalibrated",
         "Replaced",
+        "Report",
         "Row",
         "RunningVariables",
         "checksum",
         "decay_mask",
+        "doctor",
         "effective_rates",
         "entropy",
         "find_drift",

@@ -14,6 +14,9 @@ from normjax.tools.convert import to_equinox as to_equinox
 from normjax.tools.convert import to_haiku as to_haiku
 from normjax.tools.convert import to_keras as to_keras
 from normjax.tools.convert import to_torch as to_torch
+from normjax.tools.doctor import Finding as Finding
+from normjax.tools.doctor import Report as Report
+from normjax.tools.doctor import doctor as doctor
 from normjax.tools.files import read_weights as read_weights
 from normjax.tools.files import write_weights as write_weights
 from normjax.tools.freeze import freeze as freeze

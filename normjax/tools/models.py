@@ -164,20 +164,43 @@ def is_variable(value: Any) -> bool:
 
 def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Returns the shapes of a linen model's variables; computes nothing."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
+
+    def init(rng: jax.Array, args: tuple, kwargs: dict) -> Any:
+        return model.init(rng, *args, **kwargs)
+
+    call, arrays = of_arrays(init, jax.random.key(0), args, kwargs)
+    return jax.eval_shape(call, arrays)
+
+
+def of_arrays(call: Callable, *args: Any) -> tuple[Callable, list]:
+    """Returns ``call`` as a function of the arrays of its arguments, and those.
+
+    What is no array, a flag say, is passed on as it is, and never traced.
+    """
+    leaves, structure = jax.tree.flatten(args)
     arrays = [hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves]
 
-    def init(rng: jax.Array, given: list) -> Any:
+    def of(given: list) -> Any:
         left = iter(given)
         whole = [
             next(left) if is_array else a
             for a, is_array in zip(leaves, arrays, strict=True)
         ]
-        args, kwargs = jax.tree.unflatten(structure, whole)
-        return model.init(rng, *args, **kwargs)
+        return call(*jax.tree.unflatten(structure, whole))
 
-    given = [a for a, is_array in zip(leaves, arrays, strict=True) if is_array]
-    return jax.eval_shape(init, jax.random.key(0), given)
+    return of, [a for a, is_array in zip(leaves, arrays, strict=True) if is_array]
+
+
+def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The arrays of a tree by path, without the last step into what boxes an array."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = tuple(
+            str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)))
+            for k in path
+        )
+        found[names[:-1] if names[-1:] == ("value",) else names] = leaf
+    return found
 
 
 @contextlib.contextmanager

@@ -1,0 +1,483 @@
+"""What the norms of a model are called with, and what comes of it.
+
+A model is called with its own modules, and each batch norm among them is made to
+normalize with the statistics that are asked for, whatever flags it is called with. What
+is measured leaves a model, however it is compiled, scanned or vmapped, as statistics
+do: beside ``mean`` and ``var``, by names of its own.
+"""
+
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from normjax import _check, _module, _norms
+from normjax.tools import models
+
+UPDATES, MEAN, VAR = "doctor_updates", "doctor_mean", "doctor_var"
+# The layers of Flax that add a bias of their own last.
+_LAYERS = (
+    *("Dense", "DenseGeneral", "Linear", "LinearGeneral", "Einsum"),
+    *("Conv", "ConvLocal", "ConvTranspose"),
+)
+
+
+class Call(NamedTuple):
+    """One call of a norm, as it was traced.
+
+    Attributes:
+      shape: of x.
+      masked: whether a mask came with it.
+      updates: whether it updates running statistics.
+      after: the layer that x is the output of, if that added a bias; else None.
+    """
+
+    shape: tuple[int, ...]
+    masked: bool
+    updates: bool
+    after: tuple[str, ...] | None
+
+
+class Watch:
+    """Notes the norms that are called while it is on.
+
+    Attributes:
+      mode: "batch" or "running", the statistics that batch norms are to normalize
+        with, whatever the model says; or "own": as it says.
+      seen: the calls of each norm, by path; those of a loop's body once.
+      found: the kind of each norm, and the module bound to no variables; of linen.
+    """
+
+    def __init__(self, mode: str):
+        self.mode = mode
+        self.seen: dict[tuple[str, ...], list[Call]] = {}
+        self.found: dict[tuple[str, ...], tuple[str, Any]] = {}
+        # By id, with the array itself, so that its id is not another's meanwhile.
+        self._biased: dict[int, tuple[Any, tuple]] = {}
+
+    def layer(self, path: tuple, y: Any) -> Any:
+        """Notes the output of a layer that has added a bias."""
+        self._biased[id(y)] = (y, path)
+        return y
+
+    def norm(self, path: tuple, x: Any, mask: Any, updates: bool = False) -> None:
+        """Notes a call of a norm."""
+        _, after = self._biased.get(id(x), (None, None))
+        call = Call(jnp.shape(x), mask is not None, updates, after)
+        found = self.seen.setdefault(path, [])
+        if call not in found:
+            found.append(call)
+
+
+class _Variables(NamedTuple):
+    """How to reach the statistics of a batch norm, and to call it, in linen or nnx."""
+
+    get: Callable[[str], Any]
+    put: Callable[[str, Any], None]
+    call: Callable[[bool], jax.Array]
+
+
+def _batch_norm(
+    watch: Watch, module: Any, reach: _Variables, x: Any, mask: Any, updates: bool
+) -> jax.Array:
+    """Calls a batch norm in the watch's mode, and stores what was measured."""
+    if watch.mode == "batch":
+        axes = _module.flax_axes("BatchNorm", module.axis, x.ndim, "axis")
+        weight = getattr(module, "mask_is_weight", False)
+        where = _module.flax_mask("BatchNorm", mask, x.shape, weight)
+        _, m = _norms.batch_norm(x, feature_axis=axes, where=where)
+        for name, value in ((MEAN, m.mean), (VAR, m.var)):
+            old = reach.get(name)
+            reach.put(name, value.reshape(old.shape).astype(old.dtype))
+    reach.put(UPDATES, reach.get(UPDATES) + updates)
+    return reach.call(watch.mode == "running")
+
+
+def _updates(module: Any, use_running_average: bool | None) -> bool:
+    """Whether a call updates the running statistics, by what module and call say."""
+    if hasattr(module, "update_statistics"):
+        return _module.switches(module, use_running_average)[1]
+    return not use_running_average
+
+
+def _layers(library: str) -> tuple:
+    there = sys.modules[library]
+    return tuple(getattr(there, name) for name in _LAYERS if hasattr(there, name))
+
+
+# Fields that say which statistics normalize, and on which devices they are.
+_SWITCHES = (
+    *("use_running_average", "normalize_with", "update_statistics"),
+    *("axis_name", "axis_index_groups"),
+)
+
+
+# Linen.
+
+
+def _linen_swap(watch: Watch) -> Callable:
+    layers = _layers("flax.linen")
+
+    def swap(module: Any) -> Callable | None:
+        kind = models.kind_of(module)
+        if kind is not None:
+            watch.found.setdefault(module.path, (kind, module.clone(parent=None)))
+        elif not isinstance(module, layers) or not module.use_bias:
+            return None
+        else:
+            return lambda *args, **kwargs: watch.layer(
+                module.path, module(*args, **kwargs)
+            )
+        if kind == "BatchNorm":
+            return functools.partial(_linen_batch_norm, watch, module)
+
+        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+            watch.norm(module.path, x, kwargs.get("mask"))
+            return module(x, *args, **kwargs)
+
+        return call
+
+    return swap
+
+
+def _linen_batch_norm(
+    watch: Watch, module: Any, x: Any, use_running_average: Any = None, **kwargs: Any
+) -> jax.Array:
+    import flax.linen as nn
+
+    both = (module.use_running_average, use_running_average)
+    if both != (None, None) or getattr(module, "normalize_with", None) is None:
+        running = nn.merge_param("use_running_average", *both)
+    else:
+        running = None
+    x, mask, updates = jnp.asarray(x), kwargs.get("mask"), _updates(module, running)
+    watch.norm(module.path, x, mask, updates)
+    if not module.has_variable("batch_stats", "mean"):
+        raise _check.error(
+            ValueError,
+            "doctor",
+            "the statistics of a batch norm must be among the variables",
+            f"no batch_stats/{'/'.join((*module.path, 'mean'))}",
+            'Pass variables={"params": params, "batch_stats": batch_stats}',
+        )
+
+    def get(name: str) -> Any:
+        return module.get_variable("batch_stats", name)
+
+    def call(with_running: bool) -> jax.Array:
+        if watch.mode == "own":
+            return module(x, use_running_average, **kwargs)
+        changed = {name: None for name in _SWITCHES if hasattr(module, name)}
+        other = module.clone(parent=module.scope.rewound(), **changed)
+        return other(x, use_running_average=with_running, **kwargs)
+
+    put = functools.partial(module.put_variable, "batch_stats")
+    return _batch_norm(watch, module, _Variables(get, put, call), x, mask, updates)
+
+
+@contextlib.contextmanager
+def watching_linen(mode: str) -> Iterator[Watch]:
+    """Watches the linen models that are called within it."""
+    watch = Watch(mode)
+    with models.substituted(_linen_swap(watch)):
+        yield watch
+
+
+# A program that was compiled before is not traced again, and nothing would be seen. So
+# each watch sees trees and modules of a structure of their own, with a number in it.
+_numbers = itertools.count()
+
+
+def with_places(statistics: Any) -> Any:
+    """Linen's ``batch_stats`` with a place for what is measured at each batch norm."""
+    number = next(_numbers)
+
+    def placed(tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        tree = {k: placed(v) for k, v in tree.items()}
+        if {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], Mapping):
+            tree |= _places(tree["mean"], tree["var"])
+            tree[f"doctor_{number}"] = {}
+        return tree
+
+    return placed(statistics)
+
+
+def _places(mean: Any, var: Any) -> dict[str, jax.Array]:
+    wide = jnp.promote_types(jnp.result_type(mean), jnp.float32)
+    return {
+        UPDATES: jnp.zeros(jnp.shape(var), jnp.float32),
+        MEAN: jnp.zeros(jnp.shape(mean), wide),
+        VAR: jnp.zeros(jnp.shape(var), jnp.float32),
+    }
+
+
+# Nnx.
+
+_watches: list[Watch] = []
+
+
+@contextlib.contextmanager
+def watching_nnx(mode: str) -> Iterator[Watch]:
+    """Watches the models of ``watched`` that are called within it."""
+    _watches.append(Watch(mode))
+    try:
+        yield _watches[-1]
+    finally:
+        _watches.pop()
+
+
+def watched(model: Any) -> Any:
+    """A copy of an nnx model whose norms and layers tell a watch of their calls."""
+    from flax import nnx
+
+    model = nnx.clone(model)
+    model.train()
+    layers = _layers("flax.nnx")
+    for path, module in list(models.nnx_modules(model)):
+        kind = models.kind_of(module)
+        if kind is None and not isinstance(module, layers):
+            continue
+        module.doctor_path = tuple(map(str, path))
+        if kind == "BatchNorm":
+            for name, value in _places(module.mean[...], module.var[...]).items():
+                setattr(module, name, nnx.BatchStat(value))
+        module.doctor_number = 0
+        of: Any = type(module)
+        module.__class__ = _telling(of, kind)
+    _renumber(model)
+    return model
+
+
+def _renumber(model: Any) -> None:
+    number = next(_numbers)
+    for _, module in models.nnx_modules(model):
+        if hasattr(module, "doctor_number"):
+            module.doctor_number = number
+
+
+@functools.cache
+def _telling(of: Any, kind: str | None) -> type:
+    """The class ``of`` with a ``__call__`` that tells a watch."""
+    called = {None: _nnx_layer, "BatchNorm": _nnx_batch_norm}.get(kind, _nnx_norm)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = functools.partial(of.__call__, self)
+        if not _watches:
+            return own(*args, **kwargs)
+        return called(_watches[-1], self, own, *args, **kwargs)
+
+    return type(of.__name__, (of,), {"__call__": call})
+
+
+def _nnx_layer(
+    watch: Watch, module: Any, own: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    y = own(*args, **kwargs)
+    return y if module.bias is None else watch.layer(module.doctor_path, y)
+
+
+def _nnx_norm(
+    watch: Watch, module: Any, own: Callable, x: Any, *args: Any, **kw: Any
+) -> Any:
+    watch.norm(module.doctor_path, x, kw.get("mask"))
+    return own(x, *args, **kw)
+
+
+def _nnx_batch_norm(
+    watch: Watch,
+    module: Any,
+    own: Callable,
+    x: Any,
+    use_running_average: Any = None,
+    **kwargs: Any,
+) -> jax.Array:
+    running = use_running_average
+    if running is None:
+        running = module.use_running_average
+    x, mask, updates = jnp.asarray(x), kwargs.get("mask"), _updates(module, running)
+    watch.norm(module.doctor_path, x, mask, updates)
+
+    def get(name: str) -> Any:
+        variable = getattr(module, name, None)
+        return None if variable is None else variable[...]
+
+    def put(name: str, value: Any) -> None:
+        getattr(module, name).set_value(value)
+
+    def call(with_running: bool) -> jax.Array:
+        if watch.mode == "own":
+            return own(x, use_running_average, **kwargs)
+        changed = {
+            name: getattr(module, name)
+            for name in _SWITCHES[1:]
+            if hasattr(module, name)
+        }
+        for name in changed:
+            setattr(module, name, None)
+        try:
+            return own(x, use_running_average=with_running, **kwargs)
+        finally:
+            for name, value in changed.items():
+                setattr(module, name, value)
+
+    return _batch_norm(watch, module, _Variables(get, put, call), x, mask, updates)
+
+
+# One call under batch and one under running statistics.
+
+
+class Measured(NamedTuple):
+    """What came of a call of a model, as of training.
+
+    Attributes:
+      seen: the calls of each norm, by path.
+      found: the kind and the module of each, of linen.
+      statistics: the tree of statistics, with what was measured beside them.
+      gap: the largest difference of an output under batch and under running statistics,
+        over that output's spread; None where no output is floating.
+      finite: whether the outputs are, under both.
+      slopes: the gradient of some sum of all outputs in each parameter, under running
+        statistics; None where no output is floating.
+    """
+
+    seen: dict[tuple[str, ...], list[Call]]
+    found: dict[tuple[str, ...], tuple[str, Any]]
+    statistics: Any
+    gap: float | None
+    finite: bool
+    slopes: Any
+
+
+def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
+    """Calls a model with batch statistics, and with running ones, in one program."""
+    linen = models.system_of("doctor", model) == "linen"
+    params, rest, call = (_linen_parts if linen else _nnx_parts)(model, variables)
+    watches: dict[str, Watch] = {}
+
+    def outputs(mode: str, *parts: Any) -> tuple:
+        y, statistics, watches[mode] = call(mode, *parts)
+        floats = [jnp.asarray(a) for a in jax.tree.leaves(y)]
+        return [a for a in floats if jnp.issubdtype(a.dtype, jnp.inexact)], statistics
+
+    def program(params: Any, *others: Any) -> tuple:
+        batch, statistics = outputs("batch", params, *others)
+        if not batch:
+            return statistics, None, True, None
+        running, pull = jax.vjp(lambda p: outputs("running", p, *others)[0], params)
+        # Weights that no symmetry of a model makes cancel.
+        weights = [
+            jnp.cos(jnp.arange(1.0, y.size + 1)).reshape(y.shape).astype(y.dtype)
+            for y in running
+        ]
+        gaps = [_gap(b, r) for b, r in zip(batch, running, strict=True)]
+        finite = [jnp.isfinite(a).all() for a in (*batch, *running)]
+        return (
+            statistics,
+            jnp.stack(gaps).max(),
+            jnp.stack(finite).all(),
+            pull(weights)[0],
+        )
+
+    run, arrays = models.of_arrays(program, params, rest, args, kwargs)
+    statistics, gap, finite, slopes = jax.jit(run)(arrays)
+    batch, last = watches["batch"], [*watches.values()][-1]
+    if set(batch.seen) != set(last.seen):
+        raise _check.error(
+            RuntimeError,
+            "doctor",
+            "the model must be traced anew, so that its norms are seen",
+            "parts of it that were compiled before",
+            "Call jax.clear_caches() first",
+        )
+    return Measured(
+        batch.seen,
+        batch.found,
+        statistics,
+        None if gap is None else float(gap),
+        bool(finite),
+        slopes,
+    )
+
+
+def _gap(batch: jax.Array, running: jax.Array) -> jax.Array:
+    """The root mean square of what differs, over that of the spread over the batch."""
+    centered = batch - batch.mean(0) if batch.ndim and len(batch) > 1 else batch
+    off, spread = ((jnp.abs(a) ** 2).mean() for a in (batch - running, centered))
+    return jnp.where(off > 0, jnp.sqrt(off / spread), 0).astype(jnp.float32)
+
+
+def _linen_parts(model: Any, variables: Any) -> tuple[Any, Any, Callable]:
+    from flax.core import DenyList
+
+    rest = dict(variables)
+    params = rest.pop("params", {})
+
+    def call(mode, params, rest, args, kwargs):
+        rest = {**rest, "batch_stats": with_places(rest.get("batch_stats", {}))}
+        # Any name of a stream falls back on that of params.
+        with watching_linen(mode) as watch:
+            y, updated = model.apply(
+                {"params": params, **rest},
+                *args,
+                rngs={"params": jax.random.key(0)},
+                mutable=DenyList("params"),
+                **kwargs,
+            )
+        return y, updated.get("batch_stats", {}), watch
+
+    return params, rest, call
+
+
+def _nnx_parts(model: Any, variables: None) -> tuple[Any, Any, Callable]:
+    from flax import nnx
+
+    of: Any = nnx.split(watched(model), nnx.Param, ...)
+    graph, params, rest = of
+
+    def call(mode, params, rest, args, kwargs):
+        # Variables made anew, which may change at the level of tracing that is here.
+        params, rest = (jax.tree.map(lambda a: a, state) for state in (params, rest))
+        merged = nnx.merge(graph, params, rest)
+        _renumber(merged)
+        with watching_nnx(mode) as watch:
+            y = merged(*args, **kwargs)
+        return y, nnx.state(merged, nnx.BatchStat), watch
+
+    return params, rest, call
+
+
+def stepped(step: Callable, model: Any, variables: Any) -> tuple[dict, Any, Any]:
+    """Takes one training step: the calls of norms, and statistics before and after.
+
+    The count of their updates is beside the statistics.
+    """
+    if models.system_of("doctor", model) == "nnx":
+        from flax import nnx
+
+        copy = watched(model)
+        before = jax.device_get(nnx.state(copy, nnx.BatchStat))
+        with watching_nnx("own") as watch:
+            step(copy)
+        return watch.seen, before, nnx.state(copy, nnx.BatchStat)
+    given = {**variables, "batch_stats": with_places(variables.get("batch_stats", {}))}
+    before = jax.device_get(given["batch_stats"])
+    # A step may give up what it is given to the compiler: it is given a copy.
+    with watching_linen("own") as watch:
+        after = step(jax.tree.map(jnp.copy, given))
+    if not isinstance(after, Mapping) or "batch_stats" not in after:
+        got = type(after).__name__
+        raise _check.error(
+            TypeError,
+            "doctor",
+            "step must return the variables after it, as it is given those before it",
+            f"{got} of {sorted(after)}" if isinstance(after, Mapping) else got,
+            'Return {"params": params, "batch_stats": batch_stats}',
+        )
+    return watch.seen, before, after["batch_stats"]

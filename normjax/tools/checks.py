@@ -1,0 +1,648 @@
+"""What goes wrong with norms: a check for each fault, by its name."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from normjax import _axes, _check, _module
+from normjax.tools import models, replicas
+
+# Where a figure becomes a finding. Those of no bound of their own are conventions.
+START_LEFT = 0.05  # part of their start, 0 and 1, that is left in the statistics
+VALUES = 16  # of one statistic: the mean of fewer is off by a quarter deviation
+GAP = 0.5  # of an output's spread: outputs under batch and running statistics
+NEAR_ZERO = 0.01  # of epsilon: a channel whose output is its bias, but for a tenth
+HUGE = 1e8  # of a variance: values of ten thousands
+PROBES = 128  # updates of an optimizer: those that accumulate or warm up come to act
+
+
+class Finding(NamedTuple):
+    """A fault of one norm.
+
+    Attributes:
+      name: of the kind of fault; it stays what it is.
+      path: of the norm in the model, with slashes; empty for the model itself.
+      what: the facts.
+      todo: what to type against it.
+      severity: "error" where results are wrong; "warning" where they may be poor.
+
+    Example:
+      >>> from normjax import tools
+      >>> str(tools.Finding("not-finite", "norm", "var is NaN", "Train anew", "error"))
+      'error not-finite norm: var is NaN. Train anew.'
+    """
+
+    name: str
+    path: str
+    what: str
+    todo: str
+    severity: str
+
+    def __str__(self) -> str:
+        """Says it in one line."""
+        where = self.path or "the model"
+        return f"{self.severity} {self.name} {where}: {self.what}. {self.todo}."
+
+
+@dataclasses.dataclass
+class Patient:
+    """A norm and what is known of it; arrays are on the host.
+
+    Attributes:
+      place: its path in the model.
+      kind: as of `Norm`; None where it is not known.
+      module: its fields; None where there is but a tree.
+      values: its mean, var, count, scale and bias, those it has.
+      calls: how a call of the model called it.
+      batch: the mean and var of the batch in that call.
+      updates: of its statistics in a step, or else in a call; None where unknown.
+      after_step: "left", if a step called it to be updated and left its statistics,
+        "same", if it left them otherwise; None where it did not, or is unknown.
+      slopes: the gradients of its scale and bias, in the sum of all outputs.
+    """
+
+    place: tuple[str, ...]
+    kind: str | None
+    module: Any
+    values: dict[str, np.ndarray]
+    calls: list[Any] = dataclasses.field(default_factory=list)
+    batch: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    updates: int | None = None
+    after_step: str | None = None
+    slopes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """Its path with slashes."""
+        return "/".join(self.place)
+
+
+@dataclasses.dataclass
+class Case:
+    """All that is known of a model.
+
+    Attributes:
+      norms: its norms.
+      system: "linen" or "nnx"; None where there is but a tree.
+      arrays: of parameters and statistics, by path.
+      params: as an optimizer takes them.
+      optimizer: an optax transformation.
+      steps: how many there were.
+      momentum: of all batch norms of a tree.
+      stacked: whether arrays have the replicas first.
+      called: whether the model was called.
+      gap: between outputs under batch and under running statistics, over their spread;
+        None where none is floating.
+      finite: whether outputs are.
+      padding: "samples" or "positions", to how many are padding and the axes they are
+        on.
+    """
+
+    norms: list[Patient]
+    system: str | None
+    arrays: dict[tuple[str, ...], Any]
+    params: Any = None
+    optimizer: Any = None
+    steps: int | None = None
+    momentum: float | None = None
+    stacked: bool = False
+    called: bool = False
+    gap: float | None = None
+    finite: bool = True
+    padding: dict[str, tuple] = dataclasses.field(default_factory=dict)
+
+    @property
+    def running(self) -> list[Patient]:
+        """The norms with finite running statistics."""
+        return [n for n in self.norms if _finite(n, "mean") and _finite(n, "var")]
+
+    def lacks(self, need: str) -> str | None:
+        """What to pass for what a check needs; None where it is there."""
+        momentum = self.system is not None or self.momentum is not None
+        statistics = self.system or any("mean" in n.values for n in self.norms)
+        there = {
+            "nothing": True,
+            "statistics": statistics,
+            "call": self.called,
+            "outputs": self.gap is not None,
+            "updates": self.called or any(n.updates is not None for n in self.norms),
+            "optimizer": self.optimizer is not None and self.params is not None,
+            "steps": self.steps is not None and momentum,
+            "devices": self.stacked or any(map(_on_mesh, self.arrays.values())),
+        }
+        return None if there[need] else _NEEDS[need]
+
+
+_NEEDS = {
+    "statistics": "there is no mean beside a var in the tree",
+    "call": "needs the model, and the arguments of its call while training",
+    "outputs": "needs the model, arguments of its call, and an output that is floating",
+    "updates": "needs the model, and the arguments of its call while training",
+    "optimizer": "needs optimizer=, the optax transformation, and the params",
+    "steps": "needs steps=, of the training so far, and for a tree momentum=",
+    "devices": "needs arrays on a mesh of several devices, or stacked=True",
+}
+_Check = Callable[[Case], Iterator[Finding | str]]
+CHECKS: dict[str, tuple[str, _Check]] = {}
+
+
+def _check_for(name: str, need: str) -> Callable[[_Check], _Check]:
+    """Enters a check for the fault of that name; it yields findings.
+
+    A string that it yields is why it could not look at all norms.
+    """
+
+    def entered(check: _Check) -> _Check:
+        CHECKS[name] = (need, check)
+        return check
+
+    return entered
+
+
+# Words.
+
+
+def _channels(which: np.ndarray) -> str:
+    """Which channels, of how many."""
+    places = [i[0] if len(i) == 1 else tuple(map(int, i)) for i in np.argwhere(which)]
+    some = ", ".join(map(str, places[:5])) + ", ..." * (len(places) > 5)
+    return f"{len(places)} of {which.size} channels ({some})"
+
+
+def _finite(norm: Patient, name: str) -> bool:
+    return name in norm.values and bool(np.isfinite(_wide(norm.values[name])).all())
+
+
+def _all_finite(batch: dict[str, np.ndarray]) -> bool:
+    return bool(batch) and all(np.isfinite(a).all() for a in batch.values())
+
+
+def _wide(a: np.ndarray) -> np.ndarray:
+    return a if np.iscomplexobj(a) else a.astype(np.float64)
+
+
+def _field(norm: Patient, name: str, default: Any = None) -> Any:
+    return getattr(norm.module, name, default)
+
+
+def _momentum(case: Case, norm: Patient) -> float | None:
+    return case.momentum if norm.module is None else norm.module.momentum
+
+
+def reduced(norm: Patient, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of x that a norm takes the moments over, without groups of features."""
+    ndim, module = len(shape), norm.module
+    match norm.kind:
+        case "BatchNorm":
+            axes = _module.flax_axes("doctor", module.axis, ndim, "axis")
+            return _axes.others(axes, ndim)
+        case "GroupNorm":
+            space = _module.flax_space(module.reduction_axes, ndim)
+            return tuple(range(1, ndim - 1)) if space is None else space
+        case "InstanceNorm":
+            axes = _module.flax_features(module.feature_axes, ndim)
+            return _axes.others((0, *axes), ndim)
+    return _module.flax_axes("doctor", module.reduction_axes, ndim, "reduction_axes")
+
+
+def _values(norm: Patient, shape: tuple[int, ...]) -> int:
+    """How many values a norm takes one mean of."""
+    n = math.prod(shape[a] for a in reduced(norm, shape))
+    if norm.kind == "GroupNorm":
+        size = norm.module.group_size
+        n *= shape[-1] // norm.module.num_groups if size is None else size
+    if ghosts := _field(norm, "virtual_batch_size"):
+        n = n * ghosts // shape[0]
+    return n
+
+
+_KEEP = {
+    "linen": 'While training, y, updates = model.apply(variables, x, mutable=["batch_s'
+    'tats"]), and keep updates["batch_stats"]',
+    "nnx": "Call model.train() before the steps, and wrap them in nnx.jit",
+}
+_KEEP_EITHER = (
+    'Keep updates["batch_stats"] of model.apply(..., mutable=["batch_stats"]) in linen;'
+    " wrap steps in nnx.jit, not jax.jit, in nnx"
+)
+_RETURN = {
+    "linen": 'Return updates["batch_stats"] from the step, and pass them to the next',
+    "nnx": "Wrap the step in nnx.jit, not in jax.jit",
+}
+_DEBUG = 'jax.config.update("jax_debug_nans", True) names the operation it comes from'
+
+
+# The checks.
+
+
+def _at_start(norm: Patient) -> bool:
+    """Whether the statistics are those a norm is created with."""
+    mean, var, count = (norm.values.get(k) for k in ("mean", "var", "count"))
+    if count is not None and np.any(count):
+        return False
+    return not np.any(mean) and bool(np.all(var == 1))
+
+
+def _trained(norm: Patient) -> bool:
+    """Whether scale or bias are not what any initializer of one constant makes."""
+    scale, bias = norm.values.get("scale"), norm.values.get("bias")
+    moved = scale is not None and len(np.unique(scale)) > 1
+    return moved or (bias is not None and bool(np.any(bias)))
+
+
+@_check_for("never-updated", "statistics")
+def _never_updated(case: Case) -> Iterator[Finding | str]:
+    for norm in case.running:
+        if _at_start(norm) and case.steps != 0 and not _dropped(norm):
+            yield Finding(
+                "never-updated",
+                norm.path,
+                "mean is 0 and var is 1 in all channels, as at the start",
+                _KEEP.get(case.system or "", _KEEP_EITHER),
+                "error",
+            )
+
+
+@_check_for("update-dropped", "statistics")
+def _update_dropped(case: Case) -> Iterator[Finding | str]:
+    for norm in case.running:
+        if what := _dropped(norm):
+            todo = _RETURN.get(case.system or "", _KEEP_EITHER)
+            yield Finding("update-dropped", norm.path, what, todo, "error")
+
+
+def _dropped(norm: Patient) -> str:
+    """What shows that updates of the statistics were lost; empty if nothing does."""
+    if norm.after_step == "left":
+        return "a step updates mean and var, and they are as before after it"
+    if norm.after_step is None and _at_start(norm) and _trained(norm):
+        return "mean is 0 and var is 1 as at the start, while scale or bias has moved"
+    return ""
+
+
+@_check_for("updated-twice", "updates")
+def _updated_twice(case: Case) -> Iterator[Finding | str]:
+    quiet = []
+    for norm in case.norms:
+        if norm.kind != "BatchNorm" or norm.updates is None:
+            continue
+        if norm.updates > 1:
+            yield Finding(
+                "updated-twice",
+                norm.path,
+                f"its statistics are updated {norm.updates} times in one step",
+                "Give each place that calls it a norm of its own, or call it once",
+                "error",
+            )
+        elif not norm.updates and norm.after_step != "left" and not _frozen(norm):
+            quiet.append(norm.path)
+    if quiet:
+        yield f"no statistics are updated by the call, of {', '.join(quiet)}"
+
+
+def _frozen(norm: Patient) -> bool:
+    return _field(norm, "update_statistics") is False
+
+
+@_check_for("replicas-differ", "devices")
+def _replicas(case: Case) -> Iterator[Finding | str]:
+    groups: dict[Any, dict[str, Any]] = {}  # by mesh
+    for path, a in case.arrays.items():
+        if case.stacked or _on_mesh(a):
+            mesh = None if case.stacked else a.sharding.mesh
+            groups.setdefault(mesh, {})["/".join(path)] = a
+    drifts = [
+        drift
+        for group in groups.values()
+        for drift in replicas.find_drift(group, stacked=case.stacked)
+    ]
+    for drift in drifts:
+        where = ", ".join(map(str, drift.devices))
+        yield Finding(
+            "replicas-differ",
+            drift.path[2:-2],
+            f"not the same on all of {drift.of} devices; it differs on {where}",
+            "Sync it: axis_name= of the norm under pmap and shard_map;"
+            " tools.merge_replicas(batch_stats) makes one of what there is",
+            "error",
+        )
+
+
+def _on_mesh(a: Any) -> bool:
+    sharding = getattr(a, "sharding", None)
+    return isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+
+
+@_check_for("not-finite", "nothing")
+def _not_finite(case: Case) -> Iterator[Finding | str]:
+    clean = True
+    for norm in case.norms:
+        batch = {f"the batch {k}": a for k, a in norm.batch.items()}
+        for name, a in {**norm.values, **batch}.items():
+            bad = ~np.isfinite(_wide(a))
+            if not bad.any():
+                continue
+            clean = False
+            yield Finding(
+                "not-finite",
+                norm.path,
+                f"{name} is NaN or infinite in {_channels(bad)}",
+                f"Go back to a checkpoint before it; {_DEBUG}",
+                "error",
+            )
+    if clean and not case.finite:
+        yield Finding(
+            "not-finite",
+            "",
+            "an output is NaN or infinite, while what its norms hold is finite",
+            _DEBUG,
+            "error",
+        )
+
+
+@_check_for("extreme-variance", "statistics")
+def _variance(case: Case) -> Iterator[Finding | str]:
+    for norm in case.running:
+        var = _wide(norm.values["var"])
+        epsilon = _field(norm, "epsilon", 1e-5)
+        # The start of 1, taken off again, leaves a rounding error.
+        negative = var < -4 * np.finfo(np.float32).eps
+        small = ~negative & (var < NEAR_ZERO * epsilon)
+        kinds = [
+            (negative, "negative", "error", "Recompute the statistics over data anew"),
+            (
+                small,
+                f"below {NEAR_ZERO * epsilon:.0e}, far below epsilon={epsilon:.0e}",
+                "warning",
+                "Look at what comes before: a channel that is constant could be left"
+                " out",
+            ),
+            (
+                var > HUGE,
+                f"above {HUGE:.0e}",
+                "warning",
+                "Scale the input, or lower the learning rate of the layer before",
+            ),
+        ]
+        for which, word, severity, todo in kinds:
+            if which.any():
+                ends = f"{var[which].min():.1e} to {var[which].max():.1e}"
+                what = f"the running var is {word} in {_channels(which)}: {ends}"
+                yield Finding("extreme-variance", norm.path, what, todo, severity)
+
+
+@_check_for("dead-channels", "outputs")
+def _dead_channels(case: Case) -> Iterator[Finding | str]:
+    for norm in case.norms:
+        if not norm.calls:
+            continue
+        if _all_finite(norm.batch):
+            mean, var = norm.batch["mean"], norm.batch["var"]
+            # What the rounding of a mean makes of values that are all the same.
+            constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2
+            if constant.any():
+                what = f"x is constant over the batch in {_channels(constant)}"
+                yield _no_life(norm, what)
+        if norm.slopes:
+            dead = np.all([a == 0 for a in norm.slopes.values()], axis=0)
+            if dead.any():
+                what = f"no output of the model depends on {_channels(dead)}"
+                yield _no_life(norm, what)
+
+
+def _no_life(norm: Patient, what: str) -> Finding:
+    return Finding(
+        "dead-channels",
+        norm.path,
+        what + ", on this batch",
+        "Try a lower learning rate, no weight decay on the norm, or jax.nn.leaky_relu"
+        " in place of relu",
+        "warning",
+    )
+
+
+@_check_for("train-eval-gap", "outputs")
+def _train_eval(case: Case) -> Iterator[Finding | str]:
+    gap = case.gap
+    off = {n.path: _off(n) for n in case.running if _all_finite(n.batch)}
+    if not off or gap is None or not gap > GAP:
+        return
+    worst = max(off, key=lambda path: sum(off[path]))
+    mean, ratio = off[worst]
+    yield Finding(
+        "train-eval-gap",
+        worst,
+        f"outputs under batch and under running statistics differ by {gap:.0%} of their"
+        f" spread; most at this norm: means by {mean:.2g} deviations, deviations by a"
+        f" factor of {math.exp(ratio):.2g}",
+        "Recompute the running statistics over training data, in several batches; for"
+        " data of another kind, over those",
+        "warning",
+    )
+
+
+def _off(norm: Patient) -> tuple[float, float]:
+    """How far batch and running statistics are apart, in the mean of channels.
+
+    The means in deviations, and the log of the deviations' ratio.
+    """
+    epsilon = _field(norm, "epsilon", 1e-5)
+    mean, var = norm.values["mean"], _wide(norm.values["var"]).clip(0)
+    of_mean, of_var = norm.batch["mean"], norm.batch["var"]
+    means = np.abs(of_mean - mean) / np.sqrt(var + epsilon)
+    ratios = np.abs(np.log((of_var + epsilon) / (var + epsilon))) / 2
+    return float(means.mean()), float(ratios.mean())
+
+
+@_check_for("momentum-too-slow", "steps")
+def _slow(case: Case) -> Iterator[Finding | str]:
+    assert case.steps is not None
+    for norm in case.norms:
+        momentum = _momentum(case, norm) if norm.kind == "BatchNorm" else None
+        if momentum is None or "count" in norm.values or _frozen(norm):
+            continue  # of the start nothing is left where updates are counted
+        left = momentum**case.steps
+        if case.steps > 0 and left > START_LEFT:
+            best = START_LEFT ** (1 / case.steps)
+            yield Finding(
+                "momentum-too-slow",
+                norm.path,
+                f"after {case.steps} steps of momentum {momentum:g} its statistics are"
+                f" still {left:.0%} those of the start, 0 and 1",
+                f"Pass momentum={math.floor(best * 100) / 100:g} or less, or"
+                " debias=True of normjax",
+                "warning",
+            )
+
+
+@_check_for("few-values", "call")
+def _few(case: Case) -> Iterator[Finding | str]:
+    synced = []
+    for norm in case.norms:
+        if norm.kind != "BatchNorm" or not norm.calls:
+            continue
+        if _field(norm, "axis_name") is not None:
+            synced.append(norm.path)
+            continue
+        shape = min((c.shape for c in norm.calls), key=lambda s: _values(norm, s))
+        n = _values(norm, shape)
+        if n < VALUES:
+            yield Finding(
+                "few-values",
+                norm.path,
+                f"{n} value{'s' * (n != 1)} for each mean and var, x of shape {shape}"
+                + (": what it returns is its bias" if n == 1 else ""),
+                f"Use batches of {VALUES} values or more, sync devices with axis_name=,"
+                " or take GroupNorm",
+                "error" if n == 1 else "warning",
+            )
+    if synced:
+        yield f"how many devices sync is not known here, of {', '.join(synced)}"
+
+
+@_check_for("bias-before-norm", "call")
+def _bias(case: Case) -> Iterator[Finding | str]:
+    for norm in case.norms:
+        # A bias of each feature is part of the mean that these take off.
+        features = {"BatchNorm": "axis", "InstanceNorm": "feature_axes"}
+        if norm.kind not in features:
+            continue
+        axes = _field(norm, features[norm.kind])
+        for call in norm.calls:
+            last = {-1, len(call.shape) - 1}
+            if call.after and axes in (*last, *((a,) for a in last), [-1]):
+                yield Finding(
+                    "bias-before-norm",
+                    norm.path,
+                    f"the bias of {'/'.join(call.after)} right before it changes"
+                    " nothing, since the mean is taken off",
+                    f"Pass use_bias=False to {'/'.join(call.after)}",
+                    "warning",
+                )
+
+
+@_check_for("norm-decayed", "optimizer")
+def _decay(case: Case) -> Iterator[Finding | str]:
+    decayed = _decayed(case.optimizer, case.params)
+    for norm in case.norms:
+        names = [k for k in ("scale", "bias") if decayed.get((*norm.place, k))]
+        if names:
+            yield Finding(
+                "norm-decayed",
+                norm.path,
+                f"the optimizer moves {' and '.join(names)} where their gradients are"
+                " zero",
+                "Pass a mask of weight decay that is False for parameters of norms;"
+                " tools.find_norms gives their paths",
+                "warning",
+            )
+
+
+def _decayed(optimizer: Any, params: Any) -> dict[tuple[str, ...], bool]:
+    """Which parameters an optimizer moves, whose gradients are zero, by path.
+
+    Moves that are the same for parameters of 0 and of 1 are of noise, not of decay. The
+    arrays are small ones of the same rank: what counts are their places and ranks.
+    """
+    tx = getattr(optimizer, "tx", optimizer)
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise _check.error(
+            TypeError,
+            "doctor",
+            "optimizer must be an optax transformation or an nnx.Optimizer",
+            f"{type(optimizer).__name__}",
+            "Pass optax.adamw(...), say",
+        )
+
+    def filled(value: float) -> Any:
+        small = [
+            tuple(min(n, 2) for n in jnp.shape(a)) for a in jax.tree.leaves(params)
+        ]
+        dtypes = [jnp.result_type(a) for a in jax.tree.leaves(params)]
+        leaves = [jnp.full(s, value, d) for s, d in zip(small, dtypes, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    zeros, ones = filled(0), filled(1)
+    states = [tx.init(zeros), tx.init(ones)]
+    update = jax.jit(tx.update)
+    moved = dict.fromkeys(models.flat(params), False)
+    for _ in range(PROBES):
+        moves = []
+        for i, p in enumerate((zeros, ones)):
+            of, states[i] = update(zeros, states[i], p)
+            moves.append(models.flat(of))
+        for path, at_zero in moves[0].items():
+            moved[path] |= bool((np.asarray(at_zero) != moves[1][path]).any())
+        if any(moved.values()):
+            return moved
+    return moved
+
+
+@_check_for("half-precision", "statistics")
+def _half(case: Case) -> Iterator[Finding | str]:
+    for norm in case.norms:
+        dtypes = {k: norm.values[k].dtype for k in ("mean", "var") if k in norm.values}
+        half = {k: d for k, d in dtypes.items() if d.itemsize < 4}
+        if not half:
+            continue
+        what = ", ".join(f"{k} is kept in {d}" for k, d in half.items())
+        momentum = _momentum(case, norm)
+        if momentum is not None and momentum < 1:
+            eps = max(float(jnp.finfo(d).eps) for d in half.values())
+            what += (
+                f"; with momentum {momentum:g} a batch that is less than"
+                f" {eps / 2 / (1 - momentum):.0%} off changes nothing"
+            )
+        yield Finding(
+            "half-precision",
+            norm.path,
+            what,
+            "Keep them in float32: force_float32_reductions=True, and no cast of"
+            " batch_stats with the weights",
+            "error",
+        )
+
+
+@_check_for("group-of-one", "call")
+def _one(case: Case) -> Iterator[Finding | str]:
+    for norm in case.norms:
+        if norm.kind in (None, "BatchNorm"):
+            continue  # few-values
+        for shape in {call.shape for call in norm.calls}:
+            if _values(norm, shape) == 1:
+                only = "sign of x" if norm.kind == "RMSNorm" else "bias alone"
+                yield Finding(
+                    "group-of-one",
+                    norm.path,
+                    f"one value for each mean, x of shape {shape}: what it returns is"
+                    f" the {only}",
+                    "Take fewer groups, or normalize where there is space or more"
+                    " features",
+                    "error",
+                )
+
+
+@_check_for("mask-unused", "call")
+def _mask(case: Case) -> Iterator[Finding | str]:
+    for norm in case.norms:
+        for call in dict.fromkeys(c for c in norm.calls if not c.masked):
+            axes = reduced(norm, call.shape)
+            for axis, (what, (n, shape)) in enumerate(
+                (k, case.padding.get(k, (0, None))) for k in ("samples", "positions")
+            ):
+                if n and axis in axes and call.shape[: axis + 1] == shape:
+                    yield Finding(
+                        "mask-unused",
+                        norm.path,
+                        f"{n} {what} at the end of the batch are all zero, padding it"
+                        " seems, and count in its moments",
+                        "Pass mask=, True where values are real, to the norm's call;"
+                        " tools.pad_batch returns one",
+                        "warning",
+                    )

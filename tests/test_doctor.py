@@ -1,0 +1,786 @@
+"""The doctor finds each fault in a model that has it, and none in one that has not."""
+
+import functools
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contexts import mesh
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normjax.nnx
+from normjax import linen, tools
+
+MASK = np.arange(16)[:, None, None] < 14
+X = np.random.default_rng(0).normal(size=(16, 6, 4)).astype(np.float32) * MASK
+FEW = 2  # samples of 6 positions
+
+
+class Linen(nn.Module):
+    """Norms by the names of the faults that they have unless the model is sound."""
+
+    sound: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        sound = self.sound
+        norm = functools.partial(
+            linen.BatchNorm, use_running_average=not train, momentum=0.8
+        )
+        x = norm(name="mask")(x, mask=MASK if sound else None)
+        x = nn.Dense(4, use_bias=not sound, name="dense")(x)
+        x = norm(name="bias", debias=True)(x, mask=MASK)
+        first = norm(name="twice")
+        second = norm(name="second") if sound else first
+        x = second(first(x, mask=MASK), mask=MASK)
+        x = norm(name="slow", momentum=0.8 if sound else 0.99)(x, mask=MASK)
+        kept = {} if sound else {"param_dtype": jnp.bfloat16}
+        x = norm(name="half", force_float32_reductions=sound, **kept)(x, mask=MASK)
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        y = linen.GroupNorm(2 if sound else 4, name="one")(x[:, 0].astype(jnp.float32))
+        n = 16 if sound else FEW
+        few = norm(name="few", debias=True)(x[:n], mask=MASK[:n])
+        alive = np.array([1, 1, 1, sound], np.float32)
+        constant = norm(name="constant")(x * alive, mask=MASK)
+        z = nn.relu(norm(name="dead", debias=True)(x, mask=MASK))
+        return nn.Dense(2)(z), y, few, constant
+
+
+class Nnx(nnx.Module):
+    """The same."""
+
+    def __init__(self, sound, rngs):
+        norm = functools.partial(normjax.nnx.BatchNorm, 4, momentum=0.8, rngs=rngs)
+        self.sound = sound
+        self.mask, self.bias, self.half = norm(), norm(debias=True), norm()
+        self.dense = nnx.Linear(4, 4, use_bias=not sound, rngs=rngs)
+        self.twice, self.slow = norm(), norm(momentum=0.8 if sound else 0.99)
+        self.second = norm() if sound else self.twice
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.one = normjax.nnx.GroupNorm(4, 2 if sound else 4, rngs=rngs)
+        self.few, self.constant, self.dead = (
+            norm(debias=True),
+            norm(),
+            norm(debias=True),
+        )
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.mask(x, mask=MASK if self.sound else None)
+        x = self.bias(self.dense(x), mask=MASK)
+        x = self.second(self.twice(x, mask=MASK), mask=MASK)
+        x = self.half(self.slow(x, mask=MASK), mask=MASK)
+        y = self.one(self.dropout(x)[:, 0])
+        n = 16 if self.sound else FEW
+        few = self.few(x[:n], mask=MASK[:n])
+        alive = np.array([1, 1, 1, self.sound], np.float32)
+        constant = self.constant(x * alive, mask=MASK)
+        return self.head(nnx.relu(self.dead(x, mask=MASK))), y, few, constant
+
+
+PATHS = {"mask", "bias", "twice", "slow", "half", "one", "few", "constant", "dead"}
+
+
+def unmasked(params):
+    """False for the parameters of norms."""
+    return jax.tree.map_with_path(
+        lambda path, _: not PATHS.union({"second"}) & {p.key for p in path[:1]}, params
+    )
+
+
+def optimizer(sound):
+    return optax.adamw(1e-3, mask=unmasked if sound else None)
+
+
+@jax.jit
+def linen_variables(key):
+    """Of both models, after one step."""
+    found = {}
+    for sound in (True, False):
+        model = Linen(sound)
+        given = model.init(key, X, False)
+        rngs = {"dropout": key}
+        _, stats = model.apply(given, X, True, mutable=["batch_stats"], rngs=rngs)
+        found[sound] = {"params": given["params"], **stats}
+    return found
+
+
+@nnx.jit
+def nnx_models(key):
+    """Both, after one step."""
+    models = {sound: Nnx(sound, nnx.Rngs(key)) for sound in (True, False)}
+    for model in models.values():
+        model(X)
+    return models[True], models[False]
+
+
+BIAS = np.array([-100.0, 0, 0, 0], np.float32)
+
+
+@functools.cache
+def of_linen():
+    found = linen_variables(jax.random.key(0))
+    found[False]["params"]["dead"]["bias"] = BIAS
+    return found
+
+
+@functools.cache
+def of_nnx():
+    sound, faulty = nnx_models(jax.random.key(0))
+    faulty.dead.bias[...] = jnp.asarray(BIAS)
+    for variable in (faulty.half.mean, faulty.half.var):
+        variable.set_value(variable[...].astype(jnp.bfloat16))
+    sound.eval()
+    faulty.eval()
+    return {True: sound, False: faulty}
+
+
+@functools.cache
+def report(system, sound):
+    jax.config.update("jax_disable_most_optimizations", True)
+    given = {"optimizer": optimizer(sound), "steps": 20}
+    try:
+        if system == "nnx":
+            return tools.doctor(of_nnx()[sound], X, **given)
+        variables = of_linen()[sound]
+        before = jax.tree.map(np.array, variables)
+        found = tools.doctor(Linen(sound), X, train=True, variables=variables, **given)
+        jax.tree.map(np.testing.assert_array_equal, before, variables)
+        return found
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+FAULTS = {
+    ("updated-twice", "twice"): "its statistics are updated 2 times in one step",
+    (
+        "half-precision",
+        "half",
+    ): "mean is kept in bfloat16, var is kept in bfloat16; with"
+    " momentum 0.8 a batch that is less than 2% off changes nothing",
+    ("momentum-too-slow", "slow"): "after 20 steps of momentum 0.99 its statistics are"
+    " still 82% those of the start, 0 and 1",
+    ("few-values", "few"): "12 values for each mean and var, x of shape (2, 6, 4)",
+    ("bias-before-norm", "bias"): "the bias of dense right before it changes nothing,"
+    " since the mean is taken off",
+    ("group-of-one", "one"): "one value for each mean, x of shape (16, 4): what it"
+    " returns is the bias alone",
+    (
+        "mask-unused",
+        "mask",
+    ): "2 samples at the end of the batch are all zero, padding it"
+    " seems, and count in its moments",
+    ("dead-channels", "dead"): "no output of the model depends on 1 of 4 channels (0),"
+    " on this batch",
+    (
+        "dead-channels",
+        "constant",
+    ): "x is constant over the batch in 1 of 4 channels (3), on this batch",
+} | {
+    ("norm-decayed", path): "the optimizer moves scale and bias where their gradients"
+    " are zero"
+    for path in PATHS
+}
+each_system = pytest.mark.parametrize("system", ["linen", "nnx"])
+
+
+@each_system
+def test_a_sound_model_has_no_finding(system):
+    assert report(system, True).findings == ()
+    assert list(report(system, True).skipped) == ["replicas-differ"]
+
+
+@each_system
+def test_a_faulty_model_has_each_finding_and_no_other(system):
+    found = {
+        # A module in two places of an nnx model has the path of the last.
+        (f.name, f.path.replace("second", "twice")): f.what
+        for f in report(system, False).findings
+    }
+    assert found == FAULTS
+
+
+class Digits(nn.Module):
+    """A small network as one would write it, with norms of Flax and of normjax."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        running = {"use_running_average": not train, "momentum": 0.8}
+        x = nn.relu(nn.BatchNorm(**running)(nn.Conv(8, (3, 3), use_bias=False)(x)))
+        x = nn.relu(linen.BatchNorm(**running)(nn.Dense(8, use_bias=False)(x)))
+        x = nn.relu(nn.GroupNorm(2)(nn.Dense(8)(x)))
+        x = linen.GroupNorm(2)(x).mean((1, 2))
+        x = nn.Dropout(0.2, deterministic=not train)(x)
+        return nn.Dense(2)(nn.LayerNorm()(nn.Dense(8)(linen.RMSNorm()(x))))
+
+
+class NnxDigits(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List(
+            [
+                nnx.Conv(1, 8, (3, 3), use_bias=False, rngs=rngs),
+                nnx.Linear(8, 8, use_bias=False, rngs=rngs),
+                nnx.Linear(8, 8, rngs=rngs),
+            ]
+        )
+        self.norms = nnx.List(
+            [
+                nnx.BatchNorm(8, momentum=0.8, rngs=rngs),
+                normjax.nnx.BatchNorm(8, momentum=0.8, rngs=rngs),
+                nnx.GroupNorm(8, 2, rngs=rngs),
+            ]
+        )
+        self.group = normjax.nnx.GroupNorm(8, 2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.layer = nnx.LayerNorm(8, rngs=rngs)
+        self.rms = normjax.nnx.RMSNorm(8, rngs=rngs)
+        self.hidden, self.head = (nnx.Linear(8, n, rngs=rngs) for n in (8, 2))
+
+    def __call__(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = nnx.relu(norm(layer(x)))
+        x = self.dropout(self.group(x).mean((1, 2)))
+        return self.head(self.layer(self.hidden(self.rms(x))))
+
+
+def images(n):
+    """Images of two kinds, bars upright and lying, in noise."""
+    rng = np.random.default_rng(n)
+    labels = rng.integers(0, 2, n)
+    x = rng.normal(size=(n, 6, 6, 1)) + 1
+    x[labels == 0, :, 2:4] += 2
+    x[labels == 1, 2:4] += 2
+    return x.astype(np.float32), labels
+
+
+IMAGES, LABELS = images(32)
+TX = optax.sgd(0.1)
+
+
+def test_a_trained_linen_model_is_healthy(quick_compile):
+    model = Digits()
+    variables = jax.jit(model.init, static_argnums=2)(jax.random.key(0), IMAGES, False)
+
+    def loss(params, stats, key):
+        y, updated = model.apply(
+            {"params": params, "batch_stats": stats},
+            IMAGES,
+            True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        of = optax.softmax_cross_entropy_with_integer_labels(y, LABELS)
+        return of.mean(), updated["batch_stats"]
+
+    @jax.jit
+    def step(variables, key=None):
+        key = jax.random.key(0) if key is None else key
+        params, stats = variables["params"], variables["batch_stats"]
+        (_, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, stats, key)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        return {"params": params, "batch_stats": stats}
+
+    for i in range(20):
+        variables = step(variables, jax.random.key(i))
+    report = tools.doctor(
+        model, IMAGES, True, variables=variables, optimizer=TX, steps=20, step=step
+    )
+    assert report.findings == (), str(report)
+    assert list(report.skipped) == ["replicas-differ"]
+    assert (report.norms, report.failed(strict=True)) == (6, False)
+
+
+def test_a_trained_nnx_model_is_healthy(quick_compile):
+    model = nnx.jit(lambda: NnxDigits(nnx.Rngs(0)))()
+
+    def loss(model):
+        of = optax.softmax_cross_entropy_with_integer_labels(model(IMAGES), LABELS)
+        return of.mean()
+
+    @nnx.jit
+    def step(model):
+        grads = nnx.grad(loss)(model)
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
+
+    for _ in range(20):
+        step(model)
+    before = tools.checksum(nnx.state(model))
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+    report = tools.doctor(model, IMAGES, optimizer=optimizer, steps=20, step=step)
+    assert report.findings == (), str(report)
+    assert list(report.skipped) == ["replicas-differ"]
+    assert (tools.checksum(nnx.state(model)) == before).all()
+
+
+# Statistics that steps leave behind.
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return linen.BatchNorm(use_running_average=not train, name="norm")(x)
+
+
+@functools.cache
+def normed():
+    model = Normed()
+    return model, model.init(jax.random.key(0), X, False)
+
+
+def named(report):
+    return {(f.name, f.path) for f in report.findings}
+
+
+def linen_step(keeps, train, variables):
+    model, _ = normed()
+    _, updated = model.apply(variables, X, train, mutable=["batch_stats"])
+    return {**variables, **(updated if keeps else {})}
+
+
+def test_a_linen_step_that_drops_statistics_is_found(quick_compile):
+    model, variables = normed()
+    evaluating = functools.partial(linen_step, True, False)
+    report = tools.doctor(model, X, True, variables=variables, step=evaluating)
+    assert named(report) == {("never-updated", "norm"), ("mask-unused", "norm")}
+    dropping = jax.jit(functools.partial(linen_step, False, True))
+    trained = linen_step(True, True, variables)
+    for _ in range(2):  # the second time it has been compiled
+        report = tools.doctor(model, X, True, variables=trained, step=dropping)
+        assert named(report) == {("update-dropped", "norm"), ("mask-unused", "norm")}
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
+def test_an_nnx_step_under_plain_jit_is_found(jit):
+    def step(model):
+        model(X)
+
+    step = jit(step)
+    report = tools.doctor(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), step=step, steps=0)
+    ours = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    assert named(report) == named(tools.doctor(ours, step=step, steps=0))
+    if jit is nnx.jit:
+        assert named(report) == set()
+        return
+    (finding,) = report.findings
+    assert str(finding) == (
+        "error update-dropped the model: a step updates mean and var, and they are as"
+        " before after it. Wrap the step in nnx.jit, not in jax.jit."
+    )
+
+
+def tree(**leaves):
+    norm = {"mean": np.ones(3), "var": np.full(3, 2.0), **leaves}
+    params = {k: norm.pop(k) for k in ("scale", "bias") if k in norm}
+    return {"params": {"a": {"n": params}}, "batch_stats": {"a": {"n": norm}}}
+
+
+START = {"mean": np.zeros(3), "var": np.ones(3)}
+AT = "in 1 of 3 channels (1)"
+
+
+@pytest.mark.parametrize(
+    ("leaves", "steps", "name", "what"),
+    [
+        (START, None, "never-updated", "mean is 0 and var is 1 in all channels, as at"
+         " the start"),
+        (START | {"count": np.zeros(3)}, 3, "never-updated", "mean is 0 and var is 1 in"
+         " all channels, as at the start"),
+        (START | {"scale": np.arange(3.0)}, None, "update-dropped", "mean is 0 and var"
+         " is 1 as at the start, while scale or bias has moved"),
+        ({"mean": np.array([1, np.inf, 1])}, None, "not-finite", "mean is NaN or infinite"
+         f" {AT}"),
+        ({"scale": np.array([1, np.nan, 1])}, None, "not-finite", "scale is NaN or"
+         f" infinite {AT}"),
+        ({"var": np.array([1, 1e-9, 1])}, None, "extreme-variance", "the running var is"
+         f" below 1e-07, far below epsilon=1e-05 {AT}: 1.0e-09 to 1.0e-09"),
+        ({"var": np.array([1, 1e9, 1])}, None, "extreme-variance", "the running var is"
+         f" above 1e+08 {AT}: 1.0e+09 to 1.0e+09"),
+        ({"var": np.array([1, -1.0, 1])}, None, "extreme-variance", "the running var is"
+         f" negative {AT}: -1.0e+00 to -1.0e+00"),
+        ({"var": np.ones(3, jnp.bfloat16)}, None, "half-precision", "var is kept in"
+         " bfloat16; with momentum 0.9 a batch that is less than 4% off changes nothing"),
+        ({}, 5, "momentum-too-slow", "after 5 steps of momentum 0.9 its statistics are"
+         " still 59% those of the start, 0 and 1"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_tree_is_found_and_none_in_a_sound_one(leaves, steps, name, what):
+    (finding,) = [
+        f
+        for f in tools.doctor(tree(**leaves), steps=steps, momentum=0.9).findings
+        if f.name != "momentum-too-slow" or not leaves
+    ]
+    assert (finding.name, finding.path, finding.what) == (name, "a/n", what)
+    sound = {"scale": np.arange(3.0), "bias": np.zeros(3)}
+    assert tools.doctor(tree(**sound), steps=30, momentum=0.9).findings == ()
+
+
+def test_a_model_before_its_first_step_is_sound():
+    assert tools.doctor(tree(**START), steps=0).findings == ()
+
+
+def test_an_optimizers_moments_are_no_statistics():
+    given = tree() | {"opt_state": {"0": {"mu": {"a": {"scale": np.full(3, np.nan)}}}}}
+    report = tools.doctor(given)
+    assert (report.findings, report.norms) == ((), 1)
+
+
+@pytest.mark.parametrize("collection", ["batch_stats", "stats"])
+def test_statistics_and_parameters_of_a_norm_are_one(collection):
+    """Whatever the collection is called, and with averages of parameters beside it."""
+    norm = {"scale": np.array([1.0, np.nan]), "bias": np.zeros(2)}
+    scales = {"a": {"n": norm}, "b": {"n": {"scale": np.ones(2)}}}
+    stats = {"mean": np.ones(2), "var": np.full(2, np.inf)}
+    given = {"params": scales, collection: {"a": {"n": stats}}}
+    for more in ({}, {"ema": {"a": {"n": {"scale": np.ones(2)}}}}):
+        report = tools.doctor(given | more)
+        assert report.norms == 2 + len(more)
+        assert [(f.path, f.what[:5]) for f in report.findings] == [
+            ("a/n", "var i"),
+            ("a/n", "scale"),
+        ]
+    twice = {"new": {"s": given}, "old": {"s": given}}
+    report = tools.doctor(twice)
+    assert report.norms == 4
+    assert {f.path for f in report.findings} == {"new/s/a/n", "old/s/a/n"}
+    deeper = {"params": scales, "state": {collection: given[collection]}}
+    assert tools.doctor(deeper).norms == 2
+
+
+def test_an_nnx_state_is_a_tree():
+    norm = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(norm, nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+    report = tools.doctor(nnx.state(model))
+    assert named(report) == {("never-updated", "layers/0")} and report.norms == 2
+
+
+# Replicas.
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_replicas_that_differ_are_found(stacked):
+    def given(drifts):
+        var = np.ones((8, 3), np.float32)
+        var[6] += drifts
+        mean = np.ones((8, 3), np.float32)
+        if not stacked:
+            sharding = NamedSharding(mesh((8,), ("d",)), P())
+            mean, var = (
+                jax.make_array_from_single_device_arrays(
+                    (3,), sharding, list(map(jax.device_put, a, jax.devices()))
+                )
+                for a in (mean, var)
+            )
+        return {"batch_stats": {"n": {"mean": mean, "var": var}}}
+
+    (finding,) = tools.doctor(given(1), stacked=stacked).findings
+    device = 6 if stacked else jax.devices()[6]
+    assert (finding.name, finding.path, finding.what) == (
+        "replicas-differ",
+        "batch_stats/n/var",
+        f"not the same on all of 8 devices; it differs on {device}",
+    )
+    report = tools.doctor(given(0), stacked=stacked)
+    assert report.findings == () and "replicas-differ" not in report.skipped
+
+
+class Words(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.one = (nnx.BatchNorm(2, rngs=rngs) for _ in range(2))
+        self.sign = normjax.nnx.RMSNorm(1, rngs=rngs)
+        self.unused = nnx.LayerNorm(2, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = jnp.cos(tokens[..., None] + jnp.arange(2.0))
+        y = self.norm(x), self.one(x[:1, 0]), self.sign(x[..., :1])
+        return jax.tree.map(lambda a: jnp.log(-1 - a**2), y)
+
+
+def test_other_faults_of_a_call_are_found(quick_compile):
+    tokens = np.array([[5, 3, 0, 0], [2, 0, 0, 0], [4, 4, 4, 1]])
+    report = tools.doctor(Words(nnx.Rngs(0)), tokens, steps=0)
+    found = {(f.name, f.path): (f.severity, f.what) for f in report.findings}
+    gone = {k: found.pop(k) for k in list(found) if k[0] == "dead-channels"}
+    assert found == {
+        ("not-finite", ""): (
+            "error",
+            "an output is NaN or infinite, while what its norms hold is finite",
+        ),
+        ("few-values", "norm"): (
+            "warning",
+            "12 values for each mean and var, x of shape (3, 4, 2)",
+        ),
+        ("few-values", "one"): (
+            "error",
+            "1 value for each mean and var, x of shape (1, 2): what it returns is its"
+            " bias",
+        ),
+        ("group-of-one", "sign"): (
+            "error",
+            "one value for each mean, x of shape (3, 4, 1): what it returns is the sign"
+            " of x",
+        ),
+        ("mask-unused", "norm"): (
+            "warning",
+            "5 positions at the end of the batch are all zero, padding it seems, and"
+            " count in its moments",
+        ),
+    }
+    assert set(gone) == {("dead-channels", "one")}  # of one value, which is constant
+    assert report.skipped["mask-unused"] == "the call does not reach unused"
+
+
+def test_statistics_that_a_call_does_not_reach_are_named(quick_compile):
+    model, variables = normed()
+    other = {"other": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
+    stats = linen_step(True, True, variables)["batch_stats"] | other
+    report = tools.doctor(model, X, True, variables={**variables, "batch_stats": stats})
+    assert ("never-updated", "other") in named(report) and report.norms == 2
+    assert report.skipped["few-values"] == "the call does not reach other"
+
+
+# How a model is compiled.
+
+
+class Inside(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        devices = {"axis_name": "d", "missing_axis": "ignore"}
+        x = linen.BatchNorm(use_running_average=False, name="norm", **devices)(x)
+        return nn.LayerNorm(name="layer")(x), None
+
+
+class Compiled(nn.Module):
+    over: str
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "batch_stats": 0}
+        split = {"params": True}
+        if self.over == "scan":
+            of = nn.scan(Inside, variable_axes=axes, split_rngs=split, length=3)
+        elif self.over == "carry":  # one norm, called three times
+            carry = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
+            of = nn.scan(Inside, **carry, split_rngs={"params": False}, length=3)
+        else:
+            of = nn.jit(Inside)
+        return of(name="in")(x, None)[0]
+
+
+def inside_of(shape, x):
+    of = jax.tree.map(
+        lambda a: jnp.broadcast_to(a, (*shape, *a.shape)),
+        Inside().init(jax.random.key(0), x, None),
+    )
+    return {collection: {"in": tree} for collection, tree in of.items()}
+
+
+@pytest.mark.parametrize("over", ["scan", "jit", "carry"])
+def test_norms_within_compiled_parts_are_seen(over, quick_compile):
+    model = Compiled(over)
+    variables = inside_of((3,) if over == "scan" else (), X)
+    variables["batch_stats"]["in"]["norm"]["mean"] += 5 * np.eye(4, dtype=np.float32)[3]
+    if over == "jit":
+        jax.jit(lambda v: model.apply(v, X, mutable=["batch_stats"]))(variables)
+    report = tools.doctor(model, X, variables=variables)
+    found = {("train-eval-gap", "in/norm"), ("mask-unused", "in/norm")}
+    if over == "carry":
+        found |= {("updated-twice", "in/norm")}
+        assert "updated 3 times" in str(report)
+    assert named(report) == found
+    assert report.skipped["few-values"] == (
+        "how many devices sync is not known here, of in/norm"
+    )
+    assert set(report.skipped) == {
+        *("few-values", "replicas-differ", "momentum-too-slow", "norm-decayed")
+    }
+
+
+# Weight decay.
+
+PARAMS = {"dense": {"kernel": np.ones((3, 3), np.float32)}}
+PARAMS |= {"n": {k: np.ones(3, np.float32) for k in ("scale", "bias")}}
+KERNELS = {"dense": {"kernel": True}, "n": {"scale": False, "bias": False}}
+LATE = optax.linear_schedule(0.0, 1e-3, 100)
+
+
+@pytest.mark.parametrize(
+    ("tx", "decays"),
+    [
+        (optax.adamw(1e-3), True),
+        (optax.adamw(LATE), True),
+        (optax.MultiSteps(optax.adamw(1e-3), 8), True),
+        (optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9)), True),
+        (optax.lamb(1e-3, weight_decay=0.1), True),
+        (optax.adamw(1e-3, mask=KERNELS), False),
+        (
+            optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p)),
+            False,
+        ),
+        (optax.adam(1e-3), False),
+        (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), False),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), False),
+    ],
+)
+def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays):
+    stats = {"n": {"mean": np.ones(3), "var": np.ones(3)}}
+    report = tools.doctor({"params": PARAMS, "batch_stats": stats}, optimizer=tx)
+    assert named(report) == ({("norm-decayed", "n")} if decays else set())
+    assert "norm-decayed" not in report.skipped
+
+
+# Padding.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ([[5, 3, 0, 0], [2, 0, 0, 0], [4, 4, 4, 1]], {"positions": (5, (3, 4))}),
+        ([[5, 3, 1, 0], [2, 9, 2, 0], [4, 4, 4, 0]], {}),  # all alike: no padding
+        ([[5, 3], [2, 1], [0, 0]], {"samples": (1, (3,))}),
+        ([[0, 3], [0, 1]], {}),
+    ],
+)
+def test_padding_is_known_by_zeros_at_the_end(tokens, found):
+    tokens = np.array(tokens)
+    labels, ok = np.zeros(3), np.zeros((3, 4), bool)
+    assert tools_padding(((tokens, labels, ok), {"train": True})) == found
+    floats = np.tile(tokens[..., None].astype(np.float32), 2)
+    assert tools_padding(((floats,), {})) == found
+
+
+def tools_padding(arguments):
+    return importlib.import_module("normjax.tools.doctor")._padding(arguments)
+
+
+# What it says, and how.
+
+
+def test_a_report_is_printed_as_a_table_or_in_lines(capsys, monkeypatch):
+    report = tools.doctor(tree(**START))
+    report.show()
+    table = capsys.readouterr().out
+    assert "what to type" in table and "never-updated" in table
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    report.show()
+    assert capsys.readouterr().out == f"{report}\n"
+    lines = str(report).splitlines()
+    assert lines[:2] == [
+        "1 norm, 1 finding",
+        "error never-updated a/n: mean is 0 and var is 1 in all channels, as at the"
+        ' start. Keep updates["batch_stats"] of model.apply(..., mutable=["batch_stats"])'
+        " in linen; wrap steps in nnx.jit, not jax.jit, in nnx.",
+    ]
+    assert lines[2] == (
+        "not checked updated-twice, few-values, bias-before-norm, group-of-one,"
+        " mask-unused: needs the model, and the arguments of its call while training"
+    )
+
+
+BAD = [
+    (
+        lambda: tools.doctor({"dense": {"kernel": np.ones((2, 2))}}),
+        "doctor: there must be a norm to look at. Got dict of ['dense'], and no mean"
+        " beside a var, no scale with at most a bias. Pass the model with a call that"
+        " reaches its norms, or its variables whole, params and batch_stats.",
+    ),
+    (
+        lambda: tools.doctor(nn.Dropout(0.5), X, True, variables={}),
+        "doctor: there must be a norm to look at. Got Dropout. Pass the model with a call"
+        " that reaches its norms, or its variables whole, params and batch_stats.",
+    ),
+    (
+        lambda: tools.doctor(np.ones(3)),
+        "doctor: model must be a module of flax.linen or flax.nnx, or a tree of"
+        " variables. Got ndarray. Pass the model itself, its variables, or"
+        " nnx.state(model).",
+    ),
+    (
+        lambda: tools.doctor(tree(), X),
+        "doctor: a tree of variables cannot be called. Got a tree, and with it what goes"
+        " with a model. Pass the model in its place, with variables= for linen.",
+    ),
+    (
+        lambda: tools.doctor(tree(var=np.ones(2))),
+        "doctor: mean and var of a batch norm must have one shape. Got a/n/mean of shape"
+        " (3,), a/n/var of shape (2,). Pass the statistics of one model.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, True, variables={"params": {}}),
+        "doctor: the statistics of a batch norm must be among the variables. Got no"
+        ' batch_stats/norm/mean. Pass variables={"params": params, "batch_stats":'
+        " batch_stats}.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, True),
+        "doctor: a linen model needs its variables, and an nnx model has them. Got a"
+        " model of linen, variables of NoneType. Pass variables=model.init(...),"
+        " trained, or leave them out for nnx.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], variables=normed()[1]),
+        "doctor: a linen model is known by a call. Got no arguments of it. Pass those of"
+        " its call while training, or the variables alone.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, True, variables=[1]),
+        "doctor: variables must be the dictionary that init returns. Got list. Pass"
+        ' {"params": params, "batch_stats": batch_stats}.',
+    ),
+    (
+        lambda: tools.doctor(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), X, momentum=0.9),
+        "doctor: stacked and momentum go with variables alone. Got stacked=False,"
+        " momentum=0.9 and a model. Leave them out, or pass the variables in place of"
+        " the model.",
+    ),
+    (
+        lambda: tools.doctor(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), X * np.nan),
+        "doctor: the batch must be finite, so that what is not comes from the model. Got"
+        " NaN or infinity in the argument 0. Pass a batch of clean data.",
+    ),
+    (
+        lambda: tools.doctor(
+            nnx.LayerNorm(4, rngs=nnx.Rngs(0)), x={"image": X / np.float32(0)}
+        ),
+        "doctor: the batch must be finite, so that what is not comes from the model. Got"
+        " NaN or infinity in the argument x['image']. Pass a batch of clean data.",
+    ),
+    (
+        lambda: tools.doctor(
+            normed()[0], X, True, variables=normed()[1], step=lambda v: v["params"]
+        ),
+        "doctor: step must return the variables after it, as it is given those before"
+        ' it. Got dict of [\'norm\']. Return {"params": params, "batch_stats":'
+        " batch_stats}.",
+    ),
+    (
+        lambda: tools.doctor(tree(), momentum=1.1),
+        "doctor: momentum is the part of the old value that is kept and must lie in"
+        " [0, 1]. Got momentum=1.1. PyTorch's momentum m is momentum=1 - m here.",
+    ),
+    (
+        lambda: tools.doctor(tree(), steps=-1),
+        "doctor: steps, how many there were, must not be negative. Got steps=-1. Leave"
+        " it out where it is not known.",
+    ),
+    (
+        lambda: tools.doctor(tree(scale=np.ones(3)), optimizer="adamw"),
+        "doctor: optimizer must be an optax transformation or an nnx.Optimizer. Got str."
+        " Pass optax.adamw(...), say.",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_what_cannot_be_looked_at_is_named(call, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        call()
+    assert str(error.value) == message
