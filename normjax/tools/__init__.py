@@ -4,6 +4,9 @@ Pure functions on plain trees of arrays: linen's dictionaries, nnx's pure dictio
 """
 
 from normjax.tools.batches import pad_batch as pad_batch
+from normjax.tools.fold import Folded as Folded
+from normjax.tools.fold import FoldReport as FoldReport
+from normjax.tools.fold import fold as fold
 from normjax.tools.models import Norm as Norm
 from normjax.tools.models import find_norms as find_norms
 from normjax.tools.replicas import Drift as Drift

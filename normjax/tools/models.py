@@ -106,20 +106,26 @@ def kind_of(module: Any) -> str | None:
 
 def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Returns the shapes of a linen model's variables; computes nothing."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = [hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves]
+    arrays, rebuilt = arrays_of((args, kwargs))
 
-    def init(rng: jax.Array, given: list) -> Any:
-        left = iter(given)
-        whole = [
-            next(left) if is_array else a
-            for a, is_array in zip(leaves, arrays, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(structure, whole)
+    def init(rng: jax.Array, arrays: list) -> Any:
+        args, kwargs = rebuilt(arrays)
         return model.init(rng, *args, **kwargs)
 
-    given = [a for a, is_array in zip(leaves, arrays, strict=True) if is_array]
-    return jax.eval_shape(init, jax.random.key(0), given)
+    return jax.eval_shape(init, jax.random.key(0), arrays)
+
+
+def arrays_of(tree: Any) -> tuple[list, Callable[[list], Any]]:
+    """Returns the arrays of a tree, and what puts others of them in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves]
+
+    def rebuilt(arrays: list) -> Any:
+        left = iter(arrays)
+        whole = [next(left) if of else a for a, of in zip(leaves, is_array, strict=True)]
+        return jax.tree.unflatten(structure, whole)
+
+    return [a for a, of in zip(leaves, is_array, strict=True) if of], rebuilt
 
 
 @contextlib.contextmanager
