@@ -30,8 +30,12 @@ ORDER = {
     "tools.batches": 7,
     "tools.models": 7,
     "tools.replicas": 7,
-    "tools": 10,
-    "__init__": 11,
+    "tools.feeds": 8,
+    "tools.nnx_folded": 8,
+    "tools.fold_plan": 9,
+    "tools.fold": 10,
+    "tools": 11,
+    "__init__": 12,
 }
 PUBLIC = [
     (module, name)
@@ -109,10 +113,13 @@ def test_public_names_are_those_of_the_design():
         assert {n for m, n in PUBLIC if m is library} == modules
     assert {n for m, n in PUBLIC if m is tools} == {
         "Drift",
+        "FoldReport",
+        "Folded",
         "Norm",
         "checksum",
         "find_drift",
         "find_norms",
+        "fold",
         "merge_replicas",
         "pad_batch",
     }

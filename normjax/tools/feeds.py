@@ -70,7 +70,7 @@ class Feeds:
 
     def __init__(self, calls: Sequence[Call], leaves: list, program: Any):
         graph = _Graph()
-        kinds = [("leaf", i) for i in range(len(leaves))]
+        kinds: list[Any] = [("leaf", i) for i in range(len(leaves))]
         kinds += ["the model's input"] * (len(program.jaxpr.invars) - len(leaves))
         for value in graph.walk(program.jaxpr, [graph.new(k) for k in kinds]):
             graph.readers[value].append("the model's output")
@@ -154,7 +154,8 @@ class _Graph:
             return [self.new(f"`{name}`") for _ in program.invars]
         consts, carry = params["num_consts"], params["num_carry"]
         return [
-            self.new(f"`{name}`") if consts <= i < consts + carry
+            self.new(f"`{name}`")
+            if consts <= i < consts + carry
             # Constants are what they are outside, the others a part of it.
             else self.new(_STACKED, [value])
             for i, value in enumerate(read)
@@ -195,15 +196,16 @@ class _Recorder:
         _, first, *others = bound.arguments
         x = bound.arguments[first] = marked(jnp.asarray(bound.arguments[first]), "in")
         options = {name: bound.arguments[name] for name in others}
-        self.calls.append(Call(path, module, x, x, options, {}))  # one within is after
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        self.calls.append(Call(path, module, shape, shape, options, {}))
         for name, a in variables.items():
             # A reshape brings axes that vmap added to the front, or leaves them there.
             marked(jnp.reshape(a, (1, -1)), name)
         y = marked(run(*bound.args[1:], **bound.kwargs), "out")
-        self.calls[number] = Call(
+        self.calls[number] = Call(  # any within have come after it
             path,
             module,
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            shape,
             jax.ShapeDtypeStruct(y.shape, y.dtype),
             options,
             {name: jnp.shape(a) for name, a in variables.items()},
@@ -281,6 +283,8 @@ def _marking(path: tuple, module: Any, recorder: _Recorder) -> Any:
                 if isinstance(value, nnx.Variable)
             }
             names = tuple(map(str, path))
-            return recorder.call(names, module, named, super().__call__, *args, **kwargs)
+            return recorder.call(
+                names, module, named, super().__call__, *args, **kwargs
+            )
 
     return Marking

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax import _check, _module
 from normjax.tools import feeds, models
-
-LAYERS = ("Conv", "ConvTranspose", "Dense", "DenseGeneral", "Linear", "LinearGeneral")
-_Path = tuple[str, ...]
+from normjax.tools.fold_plan import (
+    Geometry,
+    Path,
+    Step,
+    axes_of,
+    error,
+    is_chosen,
+    is_layer,
+    planned,
+    word,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +145,10 @@ def fold(
     linen = models.system_of("fold", model) == "linen"
     if linen:
         variables, inputs = _checked_variables(model, inputs, kwargs), inputs[1:]
-        traced = feeds.of_linen(_is_chosen, model, variables, inputs, kwargs)
+        traced = feeds.of_linen(is_chosen, model, variables, inputs, kwargs)
     else:
-        traced = feeds.of_nnx(_is_chosen, model, inputs, kwargs)
-    plan, kept = _planned(traced, paths, strict)
+        traced = feeds.of_nnx(is_chosen, model, inputs, kwargs)
+    plan, kept = planned(traced, paths, strict)
     weights = _Weights(traced)
     for step in plan:
         weights.fold(step)
@@ -154,33 +161,12 @@ def fold(
     else:
         folded_variables, apply = None, _nnx_model(model, weights, plan)
         runs = [_nnx_program(model), _nnx_program(apply)]
-    measured = _measured(runs, inputs, kwargs, weights, seconds)
-    done = {_word(s.path): tuple(map(_word, s.layers)) for s in plan}
+    measured = _measured(runs, inputs, kwargs, weights.rounding(), seconds)
+    done = {word(s.path): tuple(map(word, s.layers)) for s in plan}
     return Folded(apply, folded_variables, FoldReport(done, kept, *measured))
 
 
-def _word(path: Sequence) -> str:
-    return "/".join(map(str, path)) or "the model"
-
-
-def _error(rule: str, got: str, todo: str) -> Exception:
-    return _check.error(ValueError, "fold", rule, got, todo)
-
-
 # What is there.
-
-
-def _is_chosen(module: Any) -> bool:
-    return _is_layer(module) or models.kind_of(module) == "BatchNorm"
-
-
-def _is_layer(module: Any) -> bool:
-    """Whether a module is a layer of Flax's own; a class made from one is not."""
-    kind = type(module)
-    return kind.__name__ in LAYERS and kind.__module__ in (
-        "flax.linen.linear",
-        "flax.nnx.nn.linear",
-    )
 
 
 def _checked_variables(model: Any, inputs: tuple, kwargs: dict) -> Any:
@@ -191,7 +177,7 @@ def _checked_variables(model: Any, inputs: tuple, kwargs: dict) -> Any:
         given = type(inputs[0]).__name__ if inputs else "nothing"
         if inputs and isinstance(inputs[0], Mapping):
             given = f"a mapping of {', '.join(map(repr, inputs[0])) or 'nothing'}"
-        raise _error(
+        raise error(
             "the variables of a linen model come after it",
             given,
             "Pass fold(model, {'params': ..., 'batch_stats': ...}, x)",
@@ -201,7 +187,7 @@ def _checked_variables(model: Any, inputs: tuple, kwargs: dict) -> Any:
     for path, shape in _shapes(nn.meta.unbox(wanted)).items():
         if there.get(path) != shape:
             found = f"of shape {there[path]}" if path in there else "missing"
-            raise _error(
+            raise error(
                 "the variables must be those of the model",
                 f"{path} {found}; the model has it, of shape {shape}",
                 "Pass {'params': ..., 'batch_stats': ...} as its init or its last apply"
@@ -223,346 +209,32 @@ def _key(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "name", key)))
 
 
-# What to fold into what.
-
-
-class _Step(NamedTuple):
-    """A batch norm that is folded, and the layers into which it is."""
-
-    path: _Path
-    norm: feeds.Call
-    layers: tuple[_Path, ...]
-    after: bool
-    past: "_Past"
-
-
-def _planned(
-    traced: feeds.Feeds, paths: Iterable[str] | None, strict: bool
-) -> tuple[list[_Step], dict[str, str]]:
-    """What to fold, and why the others stay."""
-    beside = _Beside(traced)
-    wanted = None if paths is None else list(paths)
-    names = [_word(path) for path in beside.norms]
-    for path in wanted or ():
-        if path not in names:
-            raise _error(
-                "paths must name batch norms that the model calls",
-                f"{path!r}; it calls {', '.join(names) or 'none'}",
-                "Pass paths=None for all that can be folded",
-            )
-    plan, kept = [], {}
-    for path in beside.norms:
-        if wanted is not None and _word(path) not in wanted:
-            kept[_word(path)] = "it is not among the paths to fold"
-            continue
-        found = beside.step(path)
-        if isinstance(found, _Step):
-            plan.append(found)
-        elif strict or wanted is not None:
-            raise _error(
-                "folding must leave every output as it is",
-                f"{_word(path)}, which cannot be folded: {found}",
-                f"Leave {_word(path)} out of paths, and strict=False",
-            )
-        else:
-            kept[_word(path)] = found
-    if not plan:
-        reasons = "; ".join(f"{path}: {why}" for path, why in kept.items())
-        raise _error(
-            "there must be a batch norm to fold",
-            reasons or "a model that calls no batch norm",
-            "Pass a model in inference, with batch norms right after layers",
-        )
-    return plan, kept
-
-
-class _Beside:
-    """The layers beside each batch norm, and what they are fit for."""
-
-    def __init__(self, traced: feeds.Feeds):
-        self.traced = traced
-        self.norms: dict[_Path, list[int]] = {}
-        self.layers: dict[_Path, list[int]] = {}
-        for i, call in traced.calls.items():
-            group = self.layers if _is_layer(call.module) else self.norms
-            group.setdefault(call.path, []).append(i)
-        self.users: dict[int | None, set[_Path]] = {}
-        for i, call in traced.calls.items():
-            for name in call.variables:
-                self.users.setdefault(traced.leaf(i, name), set()).add(call.path)
-
-    def step(self, path: _Path) -> _Step | str:
-        """How to fold a batch norm, or why it stays."""
-        numbers = self.norms[path]
-        call = self.traced.calls[numbers[0]]
-        past = _Past.of(call)
-        why = next(filter(None, (self._not_affine(i, past) for i in numbers)), None)
-        if why is not None:
-            return why
-        before = self._before(path)
-        if not isinstance(before, str):
-            return _Step(path, call, before, False, past)
-        after = self._after(path)
-        if not isinstance(after, str):
-            return _Step(path, call, after, True, past)
-        return f"{before}, and {after}"
-
-    def _not_affine(self, number: int, past: "_Past") -> str | None:
-        """Why a call of a batch norm is not one affine map for all inputs."""
-        call = self.traced.calls[number]
-        if type(call.module).__name__ != "BatchNorm":
-            return f"{type(call.module).__name__} is a class of its own"
-        average = call.options.get("use_running_average")
-        if average is None:
-            average = call.module.use_running_average
-        with_running, update = _module.switches(past, average)
-        if not with_running:
-            return "it normalizes by the statistics of the batch"
-        if update:
-            return "it updates its statistics"
-        if call.options.get("mask") is not None:
-            return "it has a mask, under which its output is zero"
-        return self._computed(number)
-
-    def _computed(self, number: int) -> str | None:
-        """Why the variables of a call cannot be written, if so."""
-        call = self.traced.calls[number]
-        for name in call.variables:
-            leaf = self.traced.leaf(number, name)
-            if leaf is None:
-                return f"{name} of {_word(call.path)} is not stored as it is used"
-            others = self.users[leaf] - {call.path}
-            if others:
-                one = _word(sorted(others)[0])
-                return f"{name} of {_word(call.path)} is that of {one} too"
-        return None
-
-    def _source(self, label: Any) -> feeds.Call | None:
-        """The call that a mark is of, if it is one."""
-        return self.traced.calls[label.call] if isinstance(label, feeds.Mark) else None
-
-    def _named(self, label: Any) -> str:
-        call = self._source(label)
-        return label if call is None else _word(call.path)
-
-    def _before(self, path: _Path) -> tuple[_Path, ...] | str:
-        """The layer before a batch norm, or why it cannot take its work."""
-        sources = [s for i in self.norms[path] for s in self.traced.sources(i)]
-        others = [s for s in sources if self._not_layer(s)]
-        if others:
-            return f"it follows {self._named(others[0])}, no layer"
-        paths = {self._source(s).path for s in sources}  # type: ignore[union-attr]
-        if len(paths) > 1:
-            return f"it follows several layers, {', '.join(map(_word, sorted(paths)))}"
-        (layer,) = paths
-        for readers in (r for i in self.layers[layer] for r in self.traced.readers(i)):
-            named = [self._named(r) for r in readers]
-            if len(named) != 1 or named[0] != _word(path):
-                return (
-                    f"{_word(layer)} before it feeds {len(named)} readers,"
-                    f" {', '.join(named)}"
-                )
-        return self._fit(path, layer, after=False) or (layer,)
-
-    def _after(self, path: _Path) -> tuple[_Path, ...] | str:
-        """The layers after a batch norm, or why they cannot do its work."""
-        if _Past.of(self.traced.calls[self.norms[path][0]]).activation is not None:
-            return "its activation comes before what follows"
-        readers = [
-            r for i in self.norms[path] for rs in self.traced.readers(i) for r in rs
-        ]
-        others = [r for r in readers if self._not_layer(r)]
-        if others or not readers:
-            who = self._named(others[0]) if others else "nobody"
-            return f"it feeds {who}, no layer"
-        layers = sorted({self._source(r).path for r in readers})  # type: ignore[union-attr]
-        for layer in layers:
-            for source in (s for i in self.layers[layer] for s in self.traced.sources(i)):
-                if self._named(source) != _word(path):
-                    return f"{_word(layer)} after it follows {self._named(source)} too"
-            if why := self._fit(path, layer, after=True):
-                return why
-        return tuple(layers)
-
-    def _not_layer(self, label: Any) -> bool:
-        call = self._source(label)
-        return call is None or not _is_layer(call.module)
-
-    def _fit(self, path: _Path, layer: _Path, after: bool) -> str | None:
-        """Why a layer cannot do the work of a batch norm, if so."""
-        numbers = self.layers[layer]
-        norm_number = self.norms[path][0]
-        norm, call = (self.traced.calls[i] for i in (norm_number, numbers[0]))
-        name, module = _word(layer), call.module
-        for field in ("dot_general", "conv_general_dilated"):
-            own = getattr(module, field, None), getattr(module, f"{field}_cls", None)
-            if any(o not in (None, getattr(lax, field)) for o in own):
-                return f"{name} has a {field} of its own"
-        for number in numbers:
-            if why := self._computed(number):
-                return why
-        stacks = {
-            self._stack(i, v)
-            for i in (norm_number, *numbers)
-            for v in self.traced.calls[i].variables
-            if v != "count"
-        }
-        if len(stacks) > 1:
-            return f"it and {name} are not stacked alike"
-        dtypes = {v: self._leaf(norm_number, v).dtype for v in norm.variables}
-        kernel = self._leaf(numbers[0], "kernel").dtype
-        if any(_is_complex(d) for d in dtypes.values()) and not _is_complex(kernel):
-            return f"it is complex, and {name} is real"
-        geometry = _Geometry(call)
-        return (
-            geometry.why_not_after(norm) if after else geometry.why_not_before(norm)
-        )
-
-    def _leaf(self, number: int, name: str) -> Any:
-        leaf = self.traced.leaf(number, name)
-        assert leaf is not None  # of `_computed`
-        return self.traced.leaves[leaf]
-
-    def _stack(self, number: int, name: str) -> tuple[int, ...]:
-        leaf = self._leaf(number, name)
-        inner = len(self.traced.calls[number].variables[name])
-        return leaf.shape[: leaf.ndim - inner]
-
-
-def _is_complex(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.complexfloating)
-
-
-class _Geometry:
-    """Which axes of a layer's kernel are those of its inputs and outputs.
-
-    Axes are counted from the end, since axes of a stack can come first.
-    """
-
-    def __init__(self, call: feeds.Call):
-        self.call, self.module = call, call.module
-        self.kind = type(call.module).__name__
-        self.shape = call.variables["kernel"]
-        self.groups = getattr(self.module, "feature_group_count", 1)
-        self.batch = 0  # axes of the kernel that are the batch's
-        self.inputs, self.outputs = (-2,), (-1,)
-        self.contracted = (-1,)  # axes of x
-        if getattr(self.module, "transpose_kernel", False):
-            self.inputs, self.outputs = (-1,), (-2,)
-        if self.kind in ("DenseGeneral", "LinearGeneral"):
-            self._of_general()
-
-    def _of_general(self) -> None:
-        of_nnx = self.kind == "LinearGeneral"
-        features = self.module.out_features if of_nnx else self.module.features
-        n = len(features) if isinstance(features, (tuple, list)) else 1
-        ndim, axis = self.call.x.ndim, self.module.axis
-        axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-        self.contracted = tuple(a % ndim - ndim for a in axes)
-        self.batch = len(self.module.batch_axis if of_nnx else self.module.batch_dims)
-        self.outputs = tuple(range(-n, 0))
-        self.inputs = tuple(range(-n - len(axes), -n))
-
-    def why_not_before(self, norm: feeds.Call) -> str | None:
-        """Why the outputs of the layer cannot take what the norm does to them."""
-        n = len(self.outputs)
-        if min(_axes_of(norm)) < -n:
-            return f"its axis is not that of the features of {_word(self.call.path)}"
-        return None
-
-    def why_not_after(self, norm: feeds.Call) -> str | None:
-        """Why the inputs of the layer cannot."""
-        axes, name = _axes_of(norm), _word(self.call.path)
-        if len(axes) > 1 or axes[0] not in self.contracted:
-            return f"{name} after it sums over other axes than its features"
-        if self.kind == "ConvTranspose" or self._pads_with_zeros():
-            return f"{name} after it pads with zeros, which it would shift"
-        return None
-
-    def _pads_with_zeros(self) -> bool:
-        if self.kind != "Conv":
-            return False
-        if _numbers(self.module.input_dilation or 1) != {1}:
-            return True
-        padding = self.module.padding
-        if isinstance(padding, str):
-            one = _numbers(self.module.kernel_size) == {1}
-            return padding not in ("VALID", "CIRCULAR", "REFLECT") and not one
-        return _numbers(padding) != {0}
-
-    def of_outputs(self, a: jax.Array, norm: feeds.Call) -> tuple[jax.Array, jax.Array]:
-        """What is along a norm's features, along a kernel and a bias."""
-        axes = _axes_of(norm)
-        n = len(self.outputs)
-        stack = a.shape[: a.ndim - len(axes)]
-        sizes = [norm.x.shape[i] if i in axes else 1 for i in range(-n, 0)]
-        kernel = [1] * len(self.shape)
-        for axis, size in zip(self.outputs, sizes, strict=True):
-            kernel[axis] = size
-        bias = [1] * self.batch + sizes
-        return a.reshape((*stack, *kernel)), a.reshape((*stack, *bias))
-
-    def of_inputs(self, a: jax.Array, norm: feeds.Call) -> jax.Array:
-        """What is along a norm's features, along a kernel's inputs."""
-        (axis,) = _axes_of(norm)
-        stack, shape = a.shape[:-1], [1] * len(self.shape)
-        if self.groups > 1:  # each group of outputs has inputs of its own
-            of_group, outputs = self.shape[-2], self.shape[-1]
-            a = a.reshape((*stack, self.groups, of_group))
-            a = jnp.repeat(a, outputs // self.groups, axis=-2).swapaxes(-1, -2)
-            shape[-2:] = of_group, outputs
-        else:
-            shape[self.inputs[self.contracted.index(axis)]] = a.shape[-1]
-        return a.reshape((*stack, *shape))
-
-    @property
-    def bias_shape(self) -> tuple[int, ...]:
-        """Of the bias that the layer has, or would have."""
-        return (*self.shape[: self.batch], *(self.shape[o] for o in self.outputs))
-
-    @property
-    def summed(self) -> tuple[int, ...]:
-        """The axes of the kernel that outputs are sums over."""
-        n = len(self.shape)
-        of_outputs = {o % n for o in self.outputs} | set(range(self.batch))
-        return tuple(a - n for a in range(n) if a not in of_outputs)
-
-
-def _numbers(value: Any) -> set[int]:
-    """All the numbers in a field that can be one, a few, or pairs."""
-    return {int(a) for a in np.asarray(value).ravel()}
-
-
-def _axes_of(norm: feeds.Call) -> tuple[int, ...]:
-    """The axes of a batch norm's features, counted from the end."""
-    ndim = norm.x.ndim
-    axes = _module.flax_axes("fold", norm.module.axis, ndim, "axis")
-    return tuple(a - ndim for a in axes)
-
-
 # The arithmetic.
 
 
 class _Weights:
-    """The variables of a model, of which some change while norms are folded."""
+    """The arrays of a model's variables, of which some change as norms are folded.
+
+    Attributes:
+      leaves: all of them.
+      changed: which of them are other ones now, by layer and name.
+      added: the biases of layers that had none.
+    """
 
     def __init__(self, traced: feeds.Feeds):
-        self.traced = traced
+        self._traced = traced
+        self._numbers = {call.path: i for i, call in traced.calls.items()}
         self.leaves = list(traced.leaves)
-        self.added: dict[_Path, jax.Array] = {}  # biases of layers that had none
-        self.changed: dict[tuple[_Path, str], int] = {}
-        self.numbers = {call.path: i for i, call in traced.calls.items()}
+        self.changed: dict[tuple[Path, str], int] = {}
+        self.added: dict[Path, jax.Array] = {}
 
-    def index(self, path: _Path, name: str) -> int:
-        leaf = self.traced.leaf(self.numbers[path], name)
+    def index(self, path: Path, name: str) -> int:
+        """Which of the leaves a variable is."""
+        leaf = self._traced.leaf(self._numbers[path], name)
         assert leaf is not None  # of a step that is planned
         return leaf
 
-    def _wide(self, path: _Path, name: str) -> jax.Array:
-        a = jnp.asarray(self.leaves[self.index(path, name)])
-        return a.astype(jnp.promote_types(a.dtype, jnp.float32))
-
-    def fold(self, step: _Step) -> None:
+    def fold(self, step: Step) -> None:
         """Folds a batch norm."""
         with jax.numpy_dtype_promotion("standard"):
             factor, mean, bias = self._affine(step)
@@ -572,22 +244,41 @@ class _Weights:
                 else:
                     self._fold_before(step, path, factor, mean, bias)
 
-    def _affine(self, step: _Step) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def finish(self) -> None:
+        """Returns to the dtypes of the variables, once all is folded."""
+        for (path, name), i in self.changed.items():
+            self.leaves[i] = self._finished(path, name, self.leaves[i])
+        for path, a in self.added.items():
+            self.added[path] = self._finished(path, "bias", a)
+
+    def _finished(self, path: Path, name: str, a: jax.Array) -> jax.Array:
+        of = "kernel" if path in self.added else name
+        a = a.astype(self._traced.leaves[self.index(path, of)].dtype)
+        _check_numbers(path, f"the folded {name}", a)
+        return a
+
+    def _value(self, path: Path, name: str, dtype: Any = jnp.float32) -> jax.Array:
+        """A variable, in ``dtype`` or a wider one."""
+        a = jnp.asarray(self.leaves[self.index(path, name)])
+        return a.astype(jnp.promote_types(a.dtype, dtype))
+
+    def _affine(self, step: Step) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The factor, the mean that is taken off and the bias, along the features."""
         norm, path = step.norm, step.path
-        features = [norm.x.shape[a] for a in _axes_of(norm)]
+        features = [norm.x.shape[a] for a in axes_of(norm)]
+        dtype = jnp.promote_types(jnp.finfo(norm.x.dtype).dtype, jnp.float32)
         found = {}
         for name in ("scale", "bias", "mean", "var"):
             if name in norm.variables:
-                a = self._wide(path, name)
+                a = self._value(path, name, dtype)
                 _check_numbers(path, name, a)
                 stack = a.shape[: a.ndim - len(norm.variables[name])]
                 found[name] = a.reshape((*stack, *features))
         mean, var = found["mean"], found["var"]
-        if _check.is_concrete(var) and not np.any(mean) and np.all(var == 1):
-            raise _error(
+        if not np.any(mean) and np.all(var == 1):
+            raise error(
                 "running statistics must be updated before they are folded",
-                f"mean 0 and var 1, those of the start, in {_word(path)}",
+                f"mean 0 and var 1, those of the start, in {word(path)}",
                 "Train first, or pass the batch_stats of the trained model",
             )
         factor = found.get("scale", 1) * lax.rsqrt(var + norm.module.epsilon)
@@ -595,127 +286,68 @@ class _Weights:
 
     def _fold_before(
         self,
-        step: _Step,
-        path: _Path,
+        step: Step,
+        path: Path,
         factor: jax.Array,
         mean: jax.Array,
         shift: jax.Array,
     ) -> None:
-        call = self.traced.calls[self.numbers[path]]
-        geometry = _Geometry(call)
-        kernel, bias = self._wide(path, "kernel"), self._bias(path, geometry)
+        geometry, kernel, bias = self._layer(path)
         along = [geometry.of_outputs(a, step.norm) for a in (factor, mean, shift)]
         # The mean comes off the bias first: a bias near it loses no digits.
         bias = (bias - along[1][1]) * along[0][1] + along[2][1]
-        self._write(path, geometry, kernel * along[0][0], bias)
+        self._write(path, kernel * along[0][0], bias)
 
     def _fold_after(
-        self, step: _Step, path: _Path, factor: jax.Array, shift: jax.Array
+        self, step: Step, path: Path, factor: jax.Array, shift: jax.Array
     ) -> None:
-        geometry = _Geometry(self.traced.calls[self.numbers[path]])
-        kernel, bias = self._wide(path, "kernel"), self._bias(path, geometry)
+        geometry, kernel, bias = self._layer(path)
         mask = getattr(geometry.module, "mask", None)
         seen = kernel if mask is None else kernel * mask
-        of_inputs = geometry.of_inputs(shift, step.norm)
-        bias = bias + jnp.sum(of_inputs * seen, axis=geometry.summed)
-        kernel = kernel * geometry.of_inputs(factor, step.norm)
-        self._write(path, geometry, kernel, bias)
+        of_shift = geometry.of_inputs(shift, step.norm)
+        bias = bias + jnp.sum(of_shift * seen, axis=geometry.summed)
+        self._write(path, kernel * geometry.of_inputs(factor, step.norm), bias)
 
-    def _bias(self, path: _Path, geometry: _Geometry) -> jax.Array:
-        if path in self.added:
-            return self.added[path]
+    def _layer(self, path: Path) -> tuple[Geometry, jax.Array, jax.Array]:
+        """A layer with its kernel and its bias, which is zero where it has none."""
+        geometry = Geometry(self._traced.calls[self._numbers[path]])
+        kernel = self._value(path, "kernel")
         if "bias" in geometry.call.variables:
-            return self._wide(path, "bias")
-        kernel = self._wide(path, "kernel")
+            return geometry, kernel, self._value(path, "bias")
         stack = kernel.shape[: kernel.ndim - len(geometry.shape)]
-        return jnp.zeros((*stack, *geometry.bias_shape), kernel.dtype)
+        zero = jnp.zeros((*stack, *geometry.bias_shape), kernel.dtype)
+        return geometry, kernel, self.added.get(path, zero)
 
-    def _write(
-        self, path: _Path, geometry: _Geometry, kernel: jax.Array, bias: jax.Array
-    ) -> None:
-        dtype = self.traced.leaves[self.index(path, "kernel")].dtype
+    def _write(self, path: Path, kernel: jax.Array, bias: jax.Array) -> None:
         new = {"kernel": kernel, "bias": bias}
-        if "bias" not in geometry.call.variables:
+        if "bias" not in self._traced.calls[self._numbers[path]].variables:
             self.added[path] = new.pop("bias")
         for name, a in new.items():
-            self.leaves[self.index(path, name)] = a
-            self.changed[path, name] = self.index(path, name)
+            i = self.changed[path, name] = self.index(path, name)
+            self.leaves[i] = a
 
-    def finish(self) -> None:
-        """Returns to the dtypes of the variables, once all is folded."""
-        for (path, name), i in self.changed.items():
-            dtype = self.traced.leaves[i].dtype
-            self.leaves[i] = self.leaves[i].astype(dtype)
-            _check_numbers(path, f"the folded {name}", self.leaves[i])
-        for path, a in self.added.items():
-            dtype = self.traced.leaves[self.index(path, "kernel")].dtype
-            self.added[path] = a.astype(dtype)
-            _check_numbers(path, "the folded bias", self.added[path])
+    def rounding(self) -> float:
+        """The coarsest rounding of what is computed, or of what it is computed from."""
+        calls = self._traced.calls.values()
+        dtypes = {c.y.dtype for c in calls} | {a.dtype for a in self._traced.leaves}
+        floating = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
+        return max(float(jnp.finfo(d).eps) for d in floating)
 
 
-def _check_numbers(path: _Path, name: str, a: jax.Array) -> None:
-    if not _check.is_concrete(a):
-        return
-    ok = np.isfinite(a)
-    if name == "var":
-        ok &= np.asarray(a) >= 0
+def _check_numbers(path: Path, name: str, a: jax.Array) -> None:
+    ok = np.isfinite(a) & (name != "var" or np.asarray(a) >= 0)
     if not ok.all():
-        raise _error(
+        raise error(
             "what is folded must be finite, and no variance negative",
-            f"{np.asarray(a)[~ok][0]} in {name} of {_word(path)}, of dtype {a.dtype}",
-            "Look where it comes from: NaN in the training data, say, or half precision",
+            f"{np.asarray(a)[~ok][0]} in {name} of {word(path)}",
+            "Look where it comes from: NaN in the training data, half precision, say",
         )
 
 
 # The folded model.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Past:
-    """What stands where a batch norm was: its dtype and its activation remain."""
-
-    path: str
-    takes: Any
-    returns: Any
-    dtype: Any
-    activation: Callable[[jax.Array], jax.Array] | None
-    normalize_with: str | None
-    update_statistics: bool | None
-    running_variance: str = "biased"
-
-    @classmethod
-    def of(cls, call: feeds.Call) -> "_Past":
-        fields = {
-            name: getattr(call.module, name, None)
-            for name in ("dtype", "activation", "normalize_with", "update_statistics")
-        }
-        return cls(_word(call.path), call.x.dtype, call.y.dtype, **fields)
-
-    def __call__(
-        self,
-        x: Any,
-        use_running_average: bool | None = None,
-        *,
-        mask: Any = None,
-        momentum: Any = None,
-    ) -> jax.Array:
-        with_running, update = _module.switches(self, use_running_average)
-        if not with_running or update or mask is not None:
-            raise _error(
-                "a folded batch norm is the affine map of its running statistics",
-                f"a call of {self.path} "
-                + ("with a mask" if with_running and not update else "while training"),
-                "Train, and mask, the model that was not folded",
-            )
-        dtype = self.dtype
-        if dtype is None:
-            same = x.dtype == self.takes
-            dtype = self.returns if same else jnp.promote_types(x.dtype, self.returns)
-        x = x.astype(dtype)
-        return x if self.activation is None else self.activation(x)
-
-
-def _linen_variables(variables: Any, weights: _Weights, plan: list[_Step]) -> Any:
+def _linen_variables(variables: Any, weights: _Weights, plan: list[Step]) -> Any:
     """The variables without those of the folded norms, and with the new biases."""
     keys = [
         tuple(k.key for k in path if hasattr(k, "key"))
@@ -747,12 +379,12 @@ def _edited(tree: Any, changes: dict[tuple, Any]) -> Any:
     return type(tree)({**found, **new})
 
 
-def _linen_apply(model: Any, plan: list[_Step], biased: set[_Path]) -> Callable:
+def _linen_apply(model: Any, plan: list[Step], biased: set[Path]) -> Callable:
     """The ``apply`` of the folded model."""
     pasts = {step.path: step.past for step in plan}
 
     def swap(module: Any) -> Any:
-        if module.path in biased and _is_layer(module):
+        if module.path in biased and is_layer(module):
             return module.clone(use_bias=True, parent=module.scope.rewound())
         past = pasts.get(module.path)
         if past is None or models.kind_of(module) != "BatchNorm":
@@ -774,7 +406,7 @@ def _linen_apply(model: Any, plan: list[_Step], biased: set[_Path]) -> Callable:
     return apply
 
 
-def _nnx_model(model: Any, weights: _Weights, plan: list[_Step]) -> Any:
+def _nnx_model(model: Any, weights: _Weights, plan: list[Step]) -> Any:
     """A copy of an nnx model with other parameters, and without the folded norms."""
     from flax import nnx
 
@@ -827,42 +459,36 @@ def _nnx_program(model: Any) -> Callable:
 
 
 def _measured(
-    runs: list, inputs: tuple, kwargs: dict, weights: _Weights, seconds: float
+    runs: list, inputs: tuple, kwargs: dict, rounding: float, seconds: float
 ) -> tuple[float, float, float | None]:
     """The difference of the outputs, absolute and relative, and the speed-up."""
     calls = [run(inputs, kwargs) for run in runs]
-    want, got = (jax.tree.leaves(call()) for call in calls)
     difference = relative = 0.0
-    dtypes = [c.y.dtype for c in weights.traced.calls.values()]
-    for w, g in zip(want, got, strict=True):
-        if not jnp.issubdtype(w.dtype, jnp.inexact):
+    for want, got in zip(*(jax.tree.leaves(call()) for call in calls), strict=True):
+        if not jnp.issubdtype(want.dtype, jnp.inexact):
             continue
-        dtypes.append(w.dtype)
-        w, g = (np.asarray(a.astype(_widest(a.dtype))) for a in (w, g))
-        _check_outputs(w)
-        far = float(np.max(np.abs(w - g), initial=0))
+        rounding = max(rounding, float(jnp.finfo(want.dtype).eps))
+        wide = jnp.promote_types(want.dtype, jnp.float32)
+        want, got = (np.asarray(a.astype(wide)) for a in (want, got))
+        _check_outputs(want)
+        far = float(np.max(np.abs(want - got), initial=0))
+        largest = float(np.max(np.abs(want), initial=0))
         difference = max(difference, far)
-        largest = float(np.max(np.abs(w), initial=0))
         relative = max(relative, far / largest if largest else far)
-    bound = math.sqrt(max(float(jnp.finfo(d).eps) for d in dtypes))
-    if not relative <= bound:
-        raise _error(
+    if not relative <= math.sqrt(rounding):
+        raise error(
             "the folded model must have the outputs of the model",
             f"a difference of {relative:.2g} of the largest, where rounding makes"
-            f" {bound:.2g} at most",
+            f" {math.sqrt(rounding):.2g} at most",
             "Leave a norm out of paths: a parameter may be read beside its layer, or a"
             " variance be near zero",
         )
     return difference, relative, _speedup(calls, seconds) if seconds else None
 
 
-def _widest(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _check_outputs(y: np.ndarray) -> None:
     if not np.isfinite(y).all():
-        raise _error(
+        raise error(
             "the outputs of the model must be finite, to compare with",
             f"{y[~np.isfinite(y)][0]}",
             "Pass inputs that are typical of inference",

@@ -122,7 +122,9 @@ def arrays_of(tree: Any) -> tuple[list, Callable[[list], Any]]:
 
     def rebuilt(arrays: list) -> Any:
         left = iter(arrays)
-        whole = [next(left) if of else a for a, of in zip(leaves, is_array, strict=True)]
+        whole = [
+            next(left) if of else a for a, of in zip(leaves, is_array, strict=True)
+        ]
         return jax.tree.unflatten(structure, whole)
 
     return [a for a, of in zip(leaves, is_array, strict=True) if of], rebuilt
