@@ -233,7 +233,8 @@ def of_linen(
     def run(variables: Any, arrays: list) -> Any:
         args, kwargs = rebuilt(arrays)
         with nn.intercept_methods(interceptor):
-            return model.apply(variables, *args, **kwargs)
+            # What a norm that trains writes is not what the model returns.
+            return model.apply(variables, *args, mutable=["batch_stats"], **kwargs)[0]
 
     arrays, rebuilt = models.arrays_of((args, kwargs))
     program = jax.make_jaxpr(run)(variables, arrays)

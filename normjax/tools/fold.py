@@ -156,8 +156,10 @@ def fold(
     if linen:
         folded_variables = _linen_variables(variables, weights, plan)
         apply = _linen_apply(model, plan, set(weights.added))
-        call = lambda v, *args, **kwargs: model.apply(v, *args, **kwargs)  # noqa: E731
-        runs = [_program(call, variables), _program(apply, folded_variables)]
+        runs = [
+            _linen_program(model.apply, variables),
+            _linen_program(apply, folded_variables),
+        ]
     else:
         folded_variables, apply = None, _nnx_model(model, weights, plan)
         runs = [_nnx_program(model), _nnx_program(apply)]
@@ -449,6 +451,14 @@ def _program(apply: Callable, variables: Any) -> Callable:
         return lambda: program(variables, arrays)
 
     return compiled
+
+
+def _linen_program(apply: Callable, variables: Any) -> Callable:
+    def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        # A norm that stays may write its statistics.
+        return apply(variables, *args, mutable=["batch_stats"], **kwargs)[0]
+
+    return _program(call, variables)
 
 
 def _nnx_program(model: Any) -> Callable:

@@ -225,11 +225,8 @@ class _Beside:
         (layer,) = paths
         for readers in (r for i in self.layers[layer] for r in self.traced.readers(i)):
             named = [self._named(r) for r in readers]
-            if len(named) != 1 or named[0] != word(path):
-                return (
-                    f"{word(layer)} before it feeds {len(named)} readers,"
-                    f" {', '.join(named)}"
-                )
+            if named != [word(path)]:
+                return f"{word(layer)} before it feeds {', '.join(named) or 'nobody'}"
         return self._fit(path, layer, after=False) or (layer,)
 
     def _after(self, path: Path) -> tuple[Path, ...] | str:
