@@ -29,7 +29,7 @@ WITH_CODE = [page for page in PAGES if any(blocks(page, "python"))]
 
 def test_first_use_idea_choices_differences_and_moving_have_code():
     pages = {"index.md", "idea.md", "choices.md", "differences.md", "moving.md"}
-    pages |= {"scaling.md"}
+    pages |= {"scaling.md", "statistics.md"}
     assert pages == set(WITH_CODE)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from normjax.tools import models
+from normjax.tools.models import arrays_of, nnx_modules
 
 _MARK = "normjax.feeds"
 # Programs within a program that are one with it; others, loops, stay apart.
@@ -236,7 +236,7 @@ def of_linen(
             # What a norm that trains writes is not what the model returns.
             return model.apply(variables, *args, mutable=["batch_stats"], **kwargs)[0]
 
-    arrays, rebuilt = models.arrays_of((args, kwargs))
+    arrays, rebuilt = arrays_of((args, kwargs))
     program = jax.make_jaxpr(run)(variables, arrays)
     return Feeds(recorder.calls, jax.tree.leaves(variables), program)
 
@@ -257,15 +257,15 @@ def of_nnx(
     def run(state: Any, arrays: list) -> Any:
         args, kwargs = rebuilt(arrays)
         copy = nnx.merge(graphdef, state)
-        originals = dict(models.nnx_modules(model))
-        for path, module in list(models.nnx_modules(copy)):
+        originals = dict(nnx_modules(model))
+        for path, module in list(nnx_modules(copy)):
             if chosen(module):
                 # A class of its own for each: it goes where the module goes, into the
                 # copies that nnx.jit, nnx.scan and nnx.vmap make of it, too.
                 module.__class__ = _marking(path, originals[path], recorder)
         return copy(*args, **kwargs)
 
-    arrays, rebuilt = models.arrays_of((args, kwargs))
+    arrays, rebuilt = arrays_of((args, kwargs))
     program = jax.make_jaxpr(run)(state, arrays)
     return Feeds(recorder.calls, jax.tree.leaves(state), program)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax.tools import feeds, models
+from normjax.tools.feeds import Feeds, of_linen, of_nnx
 from normjax.tools.fold_plan import (
     Geometry,
     Path,
@@ -23,6 +23,14 @@ from normjax.tools.fold_plan import (
     is_layer,
     planned,
     word,
+)
+from normjax.tools.models import (
+    abstract_init,
+    arrays_of,
+    kind_of,
+    nnx_replaced,
+    substituted,
+    system_of,
 )
 
 
@@ -142,12 +150,12 @@ def fold(
       >>> sorted(folded.variables), folded.report.folded
       (['params'], {'layers_1': ('layers_0',)})
     """
-    linen = models.system_of("fold", model) == "linen"
+    linen = system_of("fold", model) == "linen"
     if linen:
         variables, inputs = _checked_variables(model, inputs, kwargs), inputs[1:]
-        traced = feeds.of_linen(is_chosen, model, variables, inputs, kwargs)
+        traced = of_linen(is_chosen, model, variables, inputs, kwargs)
     else:
-        traced = feeds.of_nnx(is_chosen, model, inputs, kwargs)
+        traced = of_nnx(is_chosen, model, inputs, kwargs)
     plan, kept = planned(traced, paths, strict)
     weights = _Weights(traced)
     for step in plan:
@@ -184,7 +192,7 @@ def _checked_variables(model: Any, inputs: tuple, kwargs: dict) -> Any:
             given,
             "Pass fold(model, {'params': ..., 'batch_stats': ...}, x)",
         )
-    wanted = models.abstract_init(model, *inputs[1:], **kwargs)
+    wanted = abstract_init(model, *inputs[1:], **kwargs)
     there = _shapes(nn.meta.unbox(inputs[0]))
     for path, shape in _shapes(nn.meta.unbox(wanted)).items():
         if there.get(path) != shape:
@@ -223,7 +231,7 @@ class _Weights:
       added: the biases of layers that had none.
     """
 
-    def __init__(self, traced: feeds.Feeds):
+    def __init__(self, traced: Feeds):
         self._traced = traced
         self._numbers = {call.path: i for i, call in traced.calls.items()}
         self.leaves = list(traced.leaves)
@@ -389,7 +397,7 @@ def _linen_apply(model: Any, plan: list[Step], biased: set[Path]) -> Callable:
         if module.path in biased and is_layer(module):
             return module.clone(use_bias=True, parent=module.scope.rewound())
         past = pasts.get(module.path)
-        if past is None or models.kind_of(module) != "BatchNorm":
+        if past is None or kind_of(module) != "BatchNorm":
             return None
 
         def call(x: Any, use_running_average: bool | None = None, **others: Any) -> Any:
@@ -402,7 +410,7 @@ def _linen_apply(model: Any, plan: list[Step], biased: set[Path]) -> Callable:
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
         # A program within that was compiled before is not traced again, and that is
         # well: it was compiled for variables of this structure, in which no norm is.
-        with models.substituted(swap):
+        with substituted(swap):
             return model.apply(variables, *args, **kwargs)
 
     return apply
@@ -431,7 +439,7 @@ def _nnx_model(model: Any, weights: _Weights, plan: list[Step]) -> Any:
                 module.use_bias = True
         return None
 
-    return models.nnx_replaced(model, swap)
+    return nnx_replaced(model, swap)
 
 
 # What it is worth.
@@ -441,7 +449,7 @@ def _program(apply: Callable, variables: Any) -> Callable:
     """Takes what a linen model is called with; returns the call, compiled."""
 
     def compiled(inputs: tuple, kwargs: dict) -> Callable[[], Any]:
-        arrays, rebuilt = models.arrays_of((inputs, kwargs))
+        arrays, rebuilt = arrays_of((inputs, kwargs))
 
         def run(variables: Any, arrays: list) -> Any:
             args, kwargs = rebuilt(arrays)

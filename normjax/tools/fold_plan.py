@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 
 from normjax import _check, _module
-from normjax.tools import feeds, models
+from normjax.tools.feeds import Call, Feeds, Mark
+from normjax.tools.models import kind_of
 
 LAYERS = ("Conv", "ConvTranspose", "Dense", "DenseGeneral", "Linear", "LinearGeneral")
 LIBRARIES = (
@@ -35,7 +36,7 @@ def error(rule: str, got: str, todo: str) -> Exception:
 
 
 def is_chosen(module: Any) -> bool:
-    return is_layer(module) or models.kind_of(module) == "BatchNorm"
+    return is_layer(module) or kind_of(module) == "BatchNorm"
 
 
 def is_layer(module: Any) -> bool:
@@ -63,7 +64,7 @@ class Past:
     running_variance: str = "biased"
 
     @classmethod
-    def of(cls, call: feeds.Call) -> "Past":
+    def of(cls, call: Call) -> "Past":
         fields: Any = {
             name: getattr(call.module, name, None)
             for name in ("dtype", "activation", "normalize_with", "update_statistics")
@@ -98,14 +99,14 @@ class Step(NamedTuple):
     """A batch norm that is folded, and the layers into which it is."""
 
     path: Path
-    norm: feeds.Call
+    norm: Call
     layers: tuple[Path, ...]
     after: bool
     past: "Past"
 
 
 def planned(
-    traced: feeds.Feeds, paths: Iterable[str] | None, strict: bool
+    traced: Feeds, paths: Iterable[str] | None, strict: bool
 ) -> tuple[list[Step], dict[str, str]]:
     """What to fold, and why the others stay."""
     beside = _Beside(traced)
@@ -147,7 +148,7 @@ def planned(
 class _Beside:
     """The layers beside each batch norm, and what they are fit for."""
 
-    def __init__(self, traced: feeds.Feeds):
+    def __init__(self, traced: Feeds):
         self.traced = traced
         self.norms: dict[Path, list[int]] = {}
         self.layers: dict[Path, list[int]] = {}
@@ -205,9 +206,9 @@ class _Beside:
                 return f"{name} of {word(call.path)} is that of {one} too"
         return None
 
-    def _source(self, label: Any) -> feeds.Call | None:
+    def _source(self, label: Any) -> Call | None:
         """The call that a mark is of, if it is one."""
-        return self.traced.calls[label.call] if isinstance(label, feeds.Mark) else None
+        return self.traced.calls[label.call] if isinstance(label, Mark) else None
 
     def _named(self, label: Any) -> str:
         call = self._source(label)
@@ -304,7 +305,7 @@ class Geometry:
     Axes are counted from the end, since axes of a stack can come first.
     """
 
-    def __init__(self, call: feeds.Call):
+    def __init__(self, call: Call):
         self.call, self.module = call, call.module
         self.kind = type(call.module).__name__
         self.shape = call.variables["kernel"]
@@ -329,14 +330,14 @@ class Geometry:
         self.outputs = tuple(range(-n, 0))
         self.inputs = tuple(range(-n - len(axes), -n))
 
-    def why_not_before(self, norm: feeds.Call) -> str | None:
+    def why_not_before(self, norm: Call) -> str | None:
         """Why the outputs of the layer cannot take what the norm does to them."""
         n = len(self.outputs)
         if min(axes_of(norm)) < -n:
             return f"its axis is not that of the features of {word(self.call.path)}"
         return None
 
-    def why_not_after(self, norm: feeds.Call) -> str | None:
+    def why_not_after(self, norm: Call) -> str | None:
         """Why the inputs of the layer cannot."""
         axes, name = axes_of(norm), word(self.call.path)
         if len(axes) > 1 or axes[0] not in self.contracted:
@@ -356,7 +357,7 @@ class Geometry:
             return padding not in ("VALID", "CIRCULAR", "REFLECT") and not one
         return _numbers(padding) != {0}
 
-    def of_outputs(self, a: jax.Array, norm: feeds.Call) -> tuple[jax.Array, jax.Array]:
+    def of_outputs(self, a: jax.Array, norm: Call) -> tuple[jax.Array, jax.Array]:
         """What is along a norm's features, along a kernel and a bias."""
         axes = axes_of(norm)
         n = len(self.outputs)
@@ -368,7 +369,7 @@ class Geometry:
         bias = [1] * self.batch + sizes
         return a.reshape((*stack, *kernel)), a.reshape((*stack, *bias))
 
-    def of_inputs(self, a: jax.Array, norm: feeds.Call) -> jax.Array:
+    def of_inputs(self, a: jax.Array, norm: Call) -> jax.Array:
         """What is along a norm's features, along a kernel's inputs."""
         (axis,) = axes_of(norm)
         stack, shape = a.shape[:-1], [1] * len(self.shape)
@@ -399,7 +400,7 @@ def _numbers(value: Any) -> set[int]:
     return {int(a) for a in np.asarray(value).ravel()}
 
 
-def axes_of(norm: feeds.Call) -> tuple[int, ...]:
+def axes_of(norm: Call) -> tuple[int, ...]:
     """The axes of a batch norm's features, counted from the end."""
     ndim = norm.x.ndim
     axes = _module.flax_axes("fold", norm.module.axis, ndim, "axis")
