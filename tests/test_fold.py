@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import mesh
 from family import tolerance
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import normjax.nnx
 from normjax import linen, tools
@@ -544,6 +547,23 @@ def test_dtypes_activations_boxes_and_the_kind_of_tree_stay(small, quick_compile
     y = folded.apply(folded.variables, x)
     assert y.dtype == jnp.float32
     assert 0 < folded.report.relative < 0.05  # bfloat16 is rounded before or after
+
+
+def test_sharded_kernels_stay_sharded(quick_compile):
+    devices = mesh((4,), ("d",))
+    x = np.ones((2, C), np.float32)
+    model = Small(linen.BatchNorm(True))
+    variables = of_linen(model, x)
+    sharding = NamedSharding(devices, P(None, "d"))
+    whole = jax.device_put(variables, NamedSharding(devices, P()))
+    parted = changed(
+        whole, "params/dense/kernel", lambda a: jax.device_put(a, sharding)
+    )
+    folded = tools.fold(model, parted, x, seconds=0)
+    kernel = folded.variables["params"]["dense"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(sharding, 2)
+    alone = tools.fold(model, variables, x, seconds=0).variables
+    jax.tree.map(np.testing.assert_array_equal, folded.variables, alone)
 
 
 def test_only_the_paths_that_are_named_are_folded(quick_compile):

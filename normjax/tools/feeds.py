@@ -29,7 +29,7 @@ _INLINED = {
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
 }
-_STACKED = "a scan over layers"
+_STACKED = "a loop over layers"
 
 
 class Mark(NamedTuple):
@@ -148,18 +148,28 @@ class _Graph:
         return made
 
     def _given(self, equation: Any, program: Any, read: list[int]) -> list[int]:
-        """What a program within takes; of a scan it is known where it comes from."""
-        name, params = equation.primitive.name, equation.params
+        """What a program within takes; of a scan it is known where it comes from.
+
+        A scan takes constants, then what it carries, then slices of stacks. Stacks have
+        an axis more outside of it than inside, and what is carried has none.
+        """
+        name = equation.primitive.name
         if name != "scan":
             return [self.new(f"`{name}`") for _ in program.invars]
-        consts, carry = params["num_consts"], params["num_carry"]
+        stacks = _with_an_axis_less(equation.invars, program.invars)
+        carried = _with_an_axis_less(equation.outvars, program.outvars).count(False)
+        end = stacks.count(False)
         return [
             self.new(f"`{name}`")
-            if consts <= i < consts + carry
-            # Constants are what they are outside, the others a part of it.
+            if end - carried <= i < end
             else self.new(_STACKED, [value])
             for i, value in enumerate(read)
         ]
+
+
+def _with_an_axis_less(outside: Sequence, inside: Sequence) -> list[bool]:
+    """Of which values a program sees a slice."""
+    return [a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True)]
 
 
 def _programs(parameter: Any) -> list[Any]:

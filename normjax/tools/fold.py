@@ -262,7 +262,7 @@ class _Weights:
             self.added[path] = self._finished(path, "bias", a)
 
     def _finished(self, path: Path, name: str, a: jax.Array) -> jax.Array:
-        of = "kernel" if path in self.added else name
+        of = "kernel" if path in self.added else name  # a new bias is of its dtype
         a = a.astype(self._traced.leaves[self.index(path, of)].dtype)
         _check_numbers(path, f"the folded {name}", a)
         return a
@@ -285,7 +285,7 @@ class _Weights:
                 stack = a.shape[: a.ndim - len(norm.variables[name])]
                 found[name] = a.reshape((*stack, *features))
         mean, var = found["mean"], found["var"]
-        if not np.any(mean) and np.all(var == 1):
+        if not mean.any() and (var == 1).all():
             raise error(
                 "running statistics must be updated before they are folded",
                 f"mean 0 and var 1, those of the start, in {word(path)}",
@@ -345,11 +345,13 @@ class _Weights:
 
 
 def _check_numbers(path: Path, name: str, a: jax.Array) -> None:
-    ok = np.isfinite(a) & (name != "var" or np.asarray(a) >= 0)
+    ok = jnp.isfinite(a)
+    if name == "var":
+        ok &= a >= 0
     if not ok.all():
         raise error(
             "what is folded must be finite, and no variance negative",
-            f"{np.asarray(a)[~ok][0]} in {name} of {word(path)}",
+            f"{np.asarray(a)[~np.asarray(ok)][0]} in {name} of {word(path)}",
             "Look where it comes from: NaN in the training data, half precision, say",
         )
 
