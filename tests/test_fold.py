@@ -279,7 +279,8 @@ class Kept(nn.Module):
         def norm(name, kind=linen.BatchNorm, **fields):
             return kind(**{"use_running_average": not train, **fields}, name=name)
 
-        x = norm("good")(layer("lone")(x))
+        given, x = x, norm("good")(layer("lone")(x))
+        x = x + norm("of_input")(given) + norm("of_variable")(self.param("p", ones, C))
         y = layer("two")(x)
         x = y + norm("two_readers")(y)
         x = norm("relu_between")(nn.relu(layer("before_relu")(x)))
@@ -309,7 +310,14 @@ def product(*args, **kwargs):
     return jax.lax.dot_general(*args, **kwargs)
 
 
+def ones(_, features):
+    return jnp.ones((1, features))
+
+
 KEPT = {
+    "of_input": "it follows the model's input, no layer, and it feeds `add`, no layer",
+    "of_variable": "it follows a variable, no layer, and it feeds `broadcast_in_dim`,"
+    " no layer",
     "two_readers": "two before it feeds two_readers, `add`, and it feeds"
     " `add`, no layer",
     "relu_between": "it follows `max`, no layer, and it feeds `add`, no layer",
@@ -396,12 +404,15 @@ def error_of(*args, **kwargs):
 
 
 def test_what_is_asked_for_must_be_possible(kept):
-    rule = "fold: folding must leave every output as it is. Got "
-    why = f"two_readers, which cannot be folded: {KEPT['two_readers']}. Leave"
-    todo = " two_readers out of paths, and strict=False."
-    assert error_of(*kept, strict=True) == rule + why + todo
-    assert error_of(*kept, paths=["good", "two_readers"]) == rule + why + todo
-    assert error_of(*kept, paths=["lone"]) == (
+    for name, asked in [
+        ("of_input", {"strict": True}),
+        ("two_readers", {"paths": ["good", "two_readers"]}),
+    ]:
+        assert error_of(*kept, **asked) == (
+            f"fold: folding must leave every output as it is. Got {name}, which cannot"
+            f" be folded: {KEPT[name]}. Leave {name} out of paths, and strict=False."
+        )
+    assert error_of(*kept, paths="lone") == (
         "fold: paths must name batch norms that the model calls. Got 'lone'; it calls"
         f" good, {', '.join(KEPT)}. Pass paths=None for all that can be folded."
     )

@@ -99,7 +99,7 @@ class Folded(NamedTuple):
 def fold(
     model: Any,
     *inputs: Any,
-    paths: Iterable[str] | None = None,
+    paths: str | Iterable[str] | None = None,
     strict: bool = False,
     seconds: float = 1.0,
     **kwargs: Any,
@@ -122,7 +122,8 @@ def fold(
       model: a linen or nnx module; nnx in its mode of inference, ``model.eval()``.
       *inputs: for linen first its variables; then what the model is called with in
         inference, arrays with numbers that are typical of it.
-      paths: the batch norms to fold, names separated by "/". None: all that can be.
+      paths: the batch norm to fold, or several, names separated by "/". None: all that
+        can be.
       strict: whether a batch norm that cannot be folded is an error.
       seconds: for how long to time the model and the folded one; 0 not to.
       **kwargs: what else the model is called with, ``train=False``, say.

@@ -102,14 +102,15 @@ class Step(NamedTuple):
     norm: Call
     layers: tuple[Path, ...]
     after: bool
-    past: "Past"
+    past: Past
 
 
 def planned(
-    traced: Feeds, paths: Iterable[str] | None, strict: bool
+    traced: Feeds, paths: str | Iterable[str] | None, strict: bool
 ) -> tuple[list[Step], dict[str, str]]:
     """What to fold, and why the others stay."""
     beside = _Beside(traced)
+    paths = [paths] if isinstance(paths, str) else paths
     wanted = None if paths is None else list(paths)
     names = [word(path) for path in beside.norms]
     for name in wanted or ():
@@ -176,7 +177,7 @@ class _Beside:
             return Step(path, call, after, True, past)
         return f"{before}, and {after}"
 
-    def _not_affine(self, number: int, past: "Past") -> str | None:
+    def _not_affine(self, number: int, past: Past) -> str | None:
         """Why a call of a batch norm is not one affine map for all inputs."""
         call = self.traced.calls[number]
         if not is_own(call.module):
@@ -212,7 +213,9 @@ class _Beside:
 
     def _named(self, label: Any) -> str:
         call = self._source(label)
-        return label if call is None else word(call.path)
+        if call is not None:
+            return word(call.path)
+        return label if isinstance(label, str) else "a variable"
 
     def _before(self, path: Path) -> tuple[Path, ...] | str:
         """The layer before a batch norm, or why it cannot take its work."""
