@@ -25,7 +25,7 @@ import timing
 from normjax import linen, tools
 
 # The shape of x, with how many rounds: ImageNet's images and CIFAR's.
-SHAPES = {(1, 224, 224, 3): 60, (1, 32, 32, 3): 200, (32, 224, 224, 3): 5}
+SHAPES = {(1, 224, 224, 3): 40, (1, 32, 32, 3): 100, (32, 224, 224, 3): 3}
 QUICK = {(1, 32, 32, 3): 10}
 
 
