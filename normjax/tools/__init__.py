@@ -19,6 +19,9 @@ from normjax.tools.doctor import Report as Report
 from normjax.tools.doctor import doctor as doctor
 from normjax.tools.files import read_weights as read_weights
 from normjax.tools.files import write_weights as write_weights
+from normjax.tools.fold import Folded as Folded
+from normjax.tools.fold import FoldReport as FoldReport
+from normjax.tools.fold import fold as fold
 from normjax.tools.freeze import freeze as freeze
 from normjax.tools.freeze import unfreeze as unfreeze
 from normjax.tools.looks import Look as Look

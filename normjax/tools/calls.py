@@ -385,8 +385,9 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
             pull(weights)[0],
         )
 
-    run, arrays = models.of_arrays(program, params, rest, args, kwargs)
-    statistics, gap, finite, slopes = jax.jit(run)(arrays)
+    arrays, rebuilt = models.arrays_of((params, rest, args, kwargs))
+    run = jax.jit(lambda arrays: program(*rebuilt(arrays)))
+    statistics, gap, finite, slopes = run(arrays)
     batch, last = watches["batch"], [*watches.values()][-1]
     if set(batch.seen) != set(last.seen):
         raise _check.error(

@@ -162,45 +162,42 @@ def is_variable(value: Any) -> bool:
     return of is not None and isinstance(value, of)
 
 
-def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Returns the shapes of a linen model's variables; computes nothing."""
-
-    def init(rng: jax.Array, args: tuple, kwargs: dict) -> Any:
-        return model.init(rng, *args, **kwargs)
-
-    call, arrays = of_arrays(init, jax.random.key(0), args, kwargs)
-    return jax.eval_shape(call, arrays)
-
-
-def of_arrays(call: Callable, *args: Any) -> tuple[Callable, list]:
-    """Returns ``call`` as a function of the arrays of its arguments, and those.
-
-    What is no array, a flag say, is passed on as it is, and never traced.
-    """
-    leaves, structure = jax.tree.flatten(args)
-    arrays = [hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves]
-
-    def of(given: list) -> Any:
-        left = iter(given)
-        whole = [
-            next(left) if is_array else a
-            for a, is_array in zip(leaves, arrays, strict=True)
-        ]
-        return call(*jax.tree.unflatten(structure, whole))
-
-    return of, [a for a, is_array in zip(leaves, arrays, strict=True) if is_array]
-
-
 def flat(tree: Any) -> dict[tuple[str, ...], Any]:
     """The arrays of a tree by path, without the last step into what boxes an array."""
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = tuple(
-            str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)))
-            for k in path
-        )
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = path_of(keys)
         found[names[:-1] if names[-1:] == ("value",) else names] = leaf
     return found
+
+
+def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Returns the shapes of a linen model's variables; computes nothing."""
+    arrays, rebuilt = arrays_of((args, kwargs))
+
+    def init(rng: jax.Array, arrays: list) -> Any:
+        args, kwargs = rebuilt(arrays)
+        return model.init(rng, *args, **kwargs)
+
+    return jax.eval_shape(init, jax.random.key(0), arrays)
+
+
+def arrays_of(tree: Any) -> tuple[list, Callable[[list], Any]]:
+    """Returns the arrays of a tree, and what puts others of them in their place.
+
+    What is no array, a flag say, is what it was, and never traced.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves]
+
+    def rebuilt(arrays: list) -> Any:
+        left = iter(arrays)
+        whole = [
+            next(left) if of else a for a, of in zip(leaves, is_array, strict=True)
+        ]
+        return jax.tree.unflatten(structure, whole)
+
+    return [a for a, of in zip(leaves, is_array, strict=True) if of], rebuilt
 
 
 @contextlib.contextmanager
