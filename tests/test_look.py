@@ -879,4 +879,4 @@ def test_the_command_runs_without_pyplot(tmp_path):
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("load: ")
+    assert printed.out == "" and printed.err.startswith("checkpoint: there must be")
