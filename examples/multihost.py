@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import resource
 import shutil
 import signal
@@ -47,6 +48,9 @@ DRIFT_EVERY = 25  # steps between two looks for replicas that differ
 FAULTS = ("kill", "raise", "hang", "term", "disk")
 LEFT = 75  # exit status of a worker that was told to leave, and did
 FULL = 74  # of one that is done, but for a disk that has no room for the result
+WELL = (0, LEFT, FULL)
+GRACE = 10  # seconds for those that fail to say why, once one of them has
+LINGER = 1  # seconds that the coordinator stays: JAX aborts the others without it
 LOSSES = "losses.json"
 
 
@@ -60,7 +64,7 @@ def connect(args: argparse.Namespace) -> None:
     # What is started again does not compile again.
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     bounds = {
         "initialization_timeout": args.start_timeout,
         "heartbeat_timeout_seconds": 10,
@@ -99,11 +103,18 @@ def agree(args: argparse.Namespace) -> None:
         raise ValueError(message)
 
     args.processes = jax.process_count()
+    problem = None
     if any(p.name.isdigit() for p in (args.out / "checkpoints").glob("*")):
-        digits.check_resume(args.out, settings(args), refuse)
+        try:
+            digits.check_resume(args.out, settings(args), refuse)
+        except ValueError as error:
+            problem = error
     elif jax.process_index() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / digits.MARK).write_text(json.dumps(settings(args), indent=2) + "\n")
+    multihost_utils.sync_global_devices("all have compared their settings")
+    if problem is not None:
+        raise problem
 
 
 def restore(manager: ocp.CheckpointManager, state: dict) -> tuple[dict, list]:
@@ -179,7 +190,7 @@ def work(args: argparse.Namespace) -> int:
     def of_step(step):  # the same on all processes, each of which takes its part
         return part(digits.batch(data, args.batch_size, args.seed, step))
 
-    state = jax.device_put(digits.initial_state(args), same)
+    state = jax.jit(lambda: digits.initial_state(args), out_shardings=same)()
     # Compiled before the first step, whose time is then that of any other.
     one = jax.jit(digits.make_step(args), out_shardings=same)
     one = one.lower(state, of_step(1)).compile()
@@ -221,6 +232,24 @@ def work(args: argparse.Namespace) -> int:
     return 0
 
 
+# What a process raises that waited in vain for another.
+FOR_WANT = re.compile("Timed out|DEADLINE|UNAVAILABLE|Gloo|Connection|task died")
+
+
+def root(error: BaseException | None) -> tuple[str, bool]:
+    """Returns what all else came of, and whether even that is want of another process.
+
+    What was raised on the way out, by a save that was under way, is in the chain too.
+    """
+    reasons = []
+    while error is not None:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        reasons.append(why if len(why) < 400 else f"{why[:200]} ... {why[-200:]}")
+        error = error.__cause__ or error.__context__
+    own = [why for why in reasons if not FOR_WANT.search(why)]
+    return (own or reasons)[-1], not own
+
+
 def work_and_leave(args: argparse.Namespace) -> None:
     """Works, and ends the process at once where that fails.
 
@@ -230,13 +259,12 @@ def work_and_leave(args: argparse.Namespace) -> None:
         status = work(args)
     except BaseException as error:
         try:
-            first: BaseException = error  # the others come of it
-            while first.__cause__ or first.__context__:
-                first = first.__cause__ or first.__context__
-            why = f"{type(first).__name__}: {first}".splitlines()[0][:400]
-            say("failed", -1, at=time.time(), why=why)
+            why, for_want = root(error)
+            say("failed", -1, at=time.time(), why=why, for_want=for_want)
             traceback.print_exc()
             sys.stderr.flush()
+            if args.worker < 1:  # the coordinator, or on a cluster any
+                time.sleep(LINGER)
         finally:
             os._exit(1)
     if status:
@@ -258,6 +286,20 @@ class End(NamedTuple):
     kind: str
     why: str
     step: int
+
+
+class Fate(NamedTuple):
+    """What became of a worker; the least of several is the first cause.
+
+    Attributes:
+      for_want: whether it failed for want of another.
+      at: when, in seconds.
+      why: in words, with the number of the worker.
+    """
+
+    for_want: bool
+    at: float
+    why: str
 
 
 def free_address() -> str:
@@ -302,7 +344,7 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
     for listener in listeners:
         listener.start()
     steps = [-1] * len(workers)  # that each has begun; -1 before it has joined
-    failed: dict[int, tuple[float, str]] = {}
+    fates: dict[int, Fate] = {}  # of those that are not well
     heard = time.monotonic()
     while True:
         try:
@@ -312,7 +354,8 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
         if line:
             heard = time.monotonic()
             if line["what"] == "failed":
-                failed[number] = (line["at"], line["why"])
+                why = f"worker {number} failed: {line['why']}"
+                fates[number] = Fate(line["for_want"], line["at"], why)
             else:
                 steps[number] = line["step"]
             tell(number, line)
@@ -322,12 +365,18 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
             for status, kind in {0: "done", LEFT: "left", FULL: "full"}.items():
                 if set(ended.values()) == {status}:
                     return End(kind, "", max(steps))
-        well = (0, LEFT, FULL)
-        bad = {i: status for i, status in ended.items() if status not in well}
-        for number in bad:
+        bad = {i: status for i, status in ended.items() if status not in WELL}
+        for number, status in bad.items():
             listeners[number].join(1)
+            if said.empty() and number not in fates:
+                fates[number] = fate(number, status)
         if bad and said.empty():  # what they said last has been heard
-            return End("fault", named(bad, failed), max(steps))
+            first = min(fates.values())
+            # One that failed for want of another need not be the first: wait for it.
+            late = time.time() - min(f.at for f in fates.values()) > GRACE
+            if late or not first.for_want or len(ended) == len(workers):
+                return End("fault", first.why, max(steps))
+            continue
         joined = min(steps) >= 0
         bound = args.hang_timeout if joined else args.start_timeout
         if time.monotonic() - heard > bound:
@@ -339,17 +388,15 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
             return End("fault", f"worker {who} hangs {what}, {bound} s", max(steps))
 
 
-def named(bad: dict[int, int], failed: dict[int, tuple[float, str]]) -> str:
-    """Says which worker failed: one that was killed, else the one that failed first.
-
-    Others fail for the want of it.
-    """
-    for number, status in sorted(bad.items()):
-        if status < 0:
-            return f"worker {number} was killed by {signal.Signals(-status).name}"
-    first = min(failed, key=failed.__getitem__, default=min(bad))
-    why = failed[first][1] if first in failed else "see its log"
-    return f"worker {first} failed with status {bad.get(first, 1)}: {why}"
+def fate(number: int, status: int) -> Fate:
+    """Says what became of a worker that ended without a word."""
+    if status >= 0:
+        why = f"worker {number} failed with status {status}, see its log"
+        return Fate(False, time.time(), why)
+    name = signal.Signals(-status).name
+    # JAX's runtime aborts a process whose peer is gone.
+    why = f"worker {number} was killed by {name}"
+    return Fate(name == "SIGABRT", time.time(), why)
 
 
 def tell(number: int, line: dict) -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.processes
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "multihost.py"
 LIMIT = 150  # seconds that a run may take
-STEPS = 14  # the first checkpoint is of step 10
+STEPS = 24  # checkpoints are of steps 10, 20 and this
 
 
 def command(out, *options):
@@ -26,17 +28,16 @@ def command(out, *options):
 
 def run(out, *options):
     """Runs the launcher to its end, and takes its workers with it if it has none."""
-    return run_to_its_end(out, command(out, *options))
+    return run_to_its_end(command(out, *options))
 
 
-def run_to_its_end(out, command):
+def run_to_its_end(command):
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=environment(out),
     )
     try:
         words, _ = process.communicate(timeout=LIMIT)
@@ -66,7 +67,6 @@ def run_workers(out, *options):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=environment(out),
         )
         for number in range(2)
     ]
@@ -77,9 +77,13 @@ def run_workers(out, *options):
             end(worker)
 
 
-def environment(out):
+@pytest.fixture(scope="module", autouse=True)
+def compiled(once):
     """What is compiled by one test serves the next."""
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled")}
+    with pytest.MonkeyPatch.context() as patch:
+        folder = once("compiled", lambda folder: None)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        yield
 
 
 def files(folder):
@@ -93,35 +97,50 @@ def losses(out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed")
-    status, words = run(out)
-    assert status == 0, words
-    found = losses(out)
+def finished(once, compiled):
+    """The folder of a run that nothing befell."""
+
+    def make(folder):
+        status, words = run(folder / "run")
+        assert status == 0, words
+
+    return once("finished", make) / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished):
+    found = losses(finished)
     assert len(found) == STEPS and found[-1] < found[0]
     return found
 
 
 FAULTS = {
-    "kill:1:12": ("worker 1 was killed by SIGKILL", 11),
-    "kill:0:12": ("worker 0 was killed by SIGKILL", 11),  # the coordinator
-    "raise:1:12": (
-        "worker 1 failed with status 1: RuntimeError: a fault that is rehearsed",
-        11,
+    # A checkpoint may be under way; the one before it is there.
+    "kill:1:22": ("worker 1 was killed by SIGKILL", (11, 21)),
+    "kill:0:22": ("worker 0 was killed by SIGKILL", (11, 21)),  # the coordinator
+    "raise:1:22": (
+        "worker 1 failed: RuntimeError: a fault that is rehearsed",
+        (11, 21),
     ),
-    "hang:1:12": ("worker 1 hangs before step 12, 8 s", 11),
-    "kill:1:3": ("worker 1 was killed by SIGKILL", 1),  # before any checkpoint
-    "disk:0:3": ("File too large", 1),  # while the first checkpoint is written
+    "hang:1:22": ("worker 1 hangs before step 22, 8 s", (11, 21)),
+    "kill:1:3": ("worker 1 was killed by SIGKILL", (1,)),  # before any checkpoint
+    "disk:0:3": ("File too large", (1,)),  # while the first checkpoint is written
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_and_costs_no_loss(undisturbed, tmp_path, fault):
     why, again = FAULTS[fault]
-    bounds = ("--hang-timeout", "8" if "hang" in fault else "60", "--save-timeout", "5")
+    bounds = (
+        "--hang-timeout",
+        "8" if "hang" in fault else "60",
+        "--save-timeout",
+        "15",
+    )
     status, words = run(tmp_path, "--fault", fault, *bounds)
-    assert status == 0, words
-    assert why in words and f"training from step {again}" in words, words
+    assert status == 0 and why in words, words
+    began = re.findall(r"training from step (\d+)", words)
+    assert len(began) == 2 and began[0] == "1" and int(began[1]) in again, words
     assert losses(tmp_path) == undisturbed
 
 
@@ -133,9 +152,8 @@ def test_sigterm_leaves_a_checkpoint_from_which_training_goes_on(undisturbed, tm
     assert losses(tmp_path) == undisturbed
 
 
-def test_a_checkpoint_that_is_cut_off_is_passed_over(undisturbed, tmp_path):
-    status, words = run(tmp_path)
-    assert status == 0, words
+def test_a_checkpoint_that_is_cut_off_is_passed_over(finished, undisturbed, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / str(STEPS)
     files = [p for p in newest.rglob("*") if p.is_file() and p.stat().st_size > 0]
     assert files
@@ -145,7 +163,7 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(undisturbed, tmp_path):
     status, words = run(tmp_path, "--resume")
     assert status == 0, words
     assert f"checkpoint {STEPS} cannot be read" in words
-    assert "training from step 11" in words, words
+    assert "training from step 21" in words, words
     assert losses(tmp_path) == undisturbed
     (aside,) = tmp_path.glob(f"unreadable-{STEPS}-*")  # nothing is deleted
     assert len([p for p in aside.rglob("*") if p.is_file()]) >= len(files)
@@ -180,10 +198,10 @@ def test_a_full_disk_damages_nothing(undisturbed, tmp_path):
         command=shlex.join(command(tmp_path)),
         losses=tmp_path / "losses.json",
     )
-    status, words = run_to_its_end(tmp_path, ["unshare", "-Urm", "sh", "-c", script])
+    status, words = run_to_its_end(["unshare", "-Urm", "sh", "-c", script])
     assert status == 0, words
     first, second = words.split("first status 1")
-    assert "step 14: no checkpoint, since it needs" in first, words
+    assert f"step {STEPS}: no checkpoint, since it needs" in first, words
     assert "has no room for. Free some, and go on" in first, words
     assert "training from step 11" in second and "second status 0" in second, words
     assert losses(tmp_path) == undisturbed
@@ -202,7 +220,6 @@ def test_no_worker_outlives_the_launcher_that_is_told_to_leave(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=environment(tmp_path),
     )
     try:
         for line in process.stdout:
@@ -228,8 +245,8 @@ def test_no_worker_outlives_the_launcher_that_is_told_to_leave(tmp_path):
         ),
         (
             ["--fault", "flood:0:1"],
-            "--fault must be kind:worker:step, the kind one of kill, raise, hang, term."
-            " Got --fault flood:0:1. Pass --fault kill:1:20, say.",
+            "--fault must be kind:worker:step, the kind one of kill, raise, hang, term,"
+            " disk. Got --fault flood:0:1. Pass --fault kill:1:20, say.",
         ),
         (["--resume"], "--resume needs a checkpoint."),
     ],
@@ -240,23 +257,21 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, options, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_another_mesh_is_refused(undisturbed, tmp_path):
-    status, words = run(tmp_path, "--steps", "10")
-    assert status == 0, words
-    status, words = run(tmp_path, "--steps", "10", "--processes", "4", "--resume")
+def test_a_checkpoint_of_another_mesh_is_refused(finished):
+    before = files(finished)
+    assert before
+    status, words = run(finished, "--processes", "4", "--resume")
     assert status == 2, words
     found = " ".join(words.split())
     assert "Got --processes 4" in found and "has --processes 2" in found
+    assert files(finished) == before
 
 
-def test_a_worker_refuses_the_checkpoint_of_another_model(undisturbed, tmp_path):
+def test_a_worker_refuses_the_checkpoint_of_another_model(finished):
     """Without the launcher, too, as on a cluster: each of them, and writes nothing."""
-    status, words = run(tmp_path, "--steps", "10")
-    assert status == 0, words
-    before = files(tmp_path)
-    words = run_workers(tmp_path, "--steps", "10", "--norm", "group")
-    for of_one in words:
+    before = files(finished)
+    for of_one in run_workers(finished, "--norm", "group"):
         assert "ValueError: --resume needs the settings of the checkpoint." in of_one
         assert "Got --norm group; the checkpoint" in of_one
         assert "has --norm batch." in of_one
-    assert files(tmp_path) == before
+    assert files(finished) == before

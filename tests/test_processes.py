@@ -50,11 +50,10 @@ def together(processes, devices, out):
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids="{0[0]} processes".format)
-def trained(request, tmp_path_factory):
+def trained(request, once):
     processes, devices = request.param
-    out = tmp_path_factory.mktemp("processes")
-    together(processes, devices, out)
-    return processes, out
+    name = f"trained-by-{processes}"
+    return processes, once(name, lambda out: together(processes, devices, out))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
