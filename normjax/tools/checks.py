@@ -441,8 +441,8 @@ def _train_eval(case: Case) -> Iterator[Finding | str]:
         f"outputs under batch and under running statistics differ by {gap:.0%} of their"
         f" spread; most at this norm: means by {mean:.2g} deviations, deviations by a"
         f" factor of {math.exp(ratio):.2g}",
-        "Recompute the running statistics over training data, in several batches; for"
-        " data of another kind, over those",
+        "Recompute the running statistics with tools.recalibrate, over training data;"
+        " for data of another kind, over those",
         "warning",
     )
 
@@ -538,8 +538,8 @@ def _decay(case: Case) -> Iterator[Finding | str]:
                 norm.path,
                 f"the optimizer moves {' and '.join(names)} where their gradients are"
                 " zero",
-                "Pass a mask of weight decay that is False for parameters of norms;"
-                " tools.find_norms gives their paths",
+                "Pass mask=tools.decay_mask(params, tools.find_norms(...)) to what"
+                " decays weights",
                 "warning",
             )
 

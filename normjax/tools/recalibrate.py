@@ -1,5 +1,6 @@
 """Population statistics: those of all the data, instead of an average over time."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -368,33 +369,27 @@ def _settled(
                 f"{_joined(path)}, whose masks left out everything",
                 "Pass masks that are True where a value counts",
             )
-    of = [(merged[p], sweep.old[p], sweep.called[p]) for p in paths]
-    fields = [(m.epsilon, getattr(m, "running_variance", "biased")) for *_, m in of]
-
-    def settle(given: list) -> list:
-        return [
-            _statistics(m, old, *f, prior)
-            for (m, old), f in zip(given, fields, strict=True)
-        ]
-
-    found = jax.jit(settle)([pair[:2] for pair in of])
-    new = {
-        path: jax.tree.map(_like, statistics, sweep.old[path])
-        for path, (statistics, _) in zip(paths, found, strict=True)
-    }
-    moved = []
-    for path, (_, (values, *floats)) in zip(paths, found, strict=True):
+    new, moved = {}, []
+    for path in paths:
+        norm, old = sweep.called[path], sweep.old[path]
+        variance = getattr(norm, "running_variance", "biased")
+        found, (values, *floats) = _statistics(
+            merged[path], old, prior or None, epsilon=norm.epsilon, variance=variance
+        )
+        new[path] = jax.tree.map(_like, found, old)
         shift, most, low, high = map(float, floats)
         moved.append(Moved(path, int(values), shift, most, (low, high)))
     return Recalibrated(sweep.rebuilt(new), moved)
 
 
+@functools.partial(jax.jit, static_argnames=("epsilon", "variance"))
 def _statistics(
     merged: Merged,
     old: _module.Statistics,
+    prior: jax.Array | None,
+    *,
     epsilon: float,
     variance: str,
-    prior: float | None,
 ) -> tuple[_module.Statistics, tuple]:
     """The new statistics of a norm, and how far they are from the old ones.
 
@@ -409,7 +404,8 @@ def _statistics(
     if variance == "unbiased":  # of a single value there is none
         known_var = merged.count > 1
         var = var * (merged.count / jnp.where(known_var, merged.count - 1, 1))
-    if prior:
+    if prior is not None:
+        prior = prior.astype(dtype)
         share = prior / (prior + merged.samples)
         mean = _moments.product(share, old_mean) + _moments.product(1 - share, mean)
         var = share * old_var + (1 - share) * var
