@@ -235,7 +235,8 @@ def update(module: Any, old: Statistics, m: Moments, momentum: Any) -> Statistic
             total = -jnp.expm1(t * jnp.log(jnp.asarray(momentum, t.dtype)))
             later = 1 - (1 - momentum) / jnp.where(total > 0, total, 1)
             # Not a rounding error of the start, which may be far above small variances.
-            momentum = jnp.where(t > 1, later, jnp.zeros_like(later))
+            first = (t == 1) & (total > 0)
+            momentum = jnp.where(first, jnp.zeros_like(later), later)
     var, measured = m.var, m.count
     if module.running_variance == "unbiased":
         # Of a single value there is none, and what it would update stays as it is.
