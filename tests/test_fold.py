@@ -209,6 +209,25 @@ def test_the_folded_parameters_are_those_of_the_formula():
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
+@pytest.mark.parametrize("system", ["linen", "nnx"])
+def test_layers_of_one_feature_are_folded(system, quick_compile):
+    x = np.random.default_rng(0).normal(size=(4, 1)).astype(np.float32)
+    if system == "linen":
+        several = nn.DenseGeneral((1, 2), name="several")
+        norm = nn.BatchNorm(True, axis=(-2, -1))
+        model = nn.Sequential([nn.Dense(1), nn.BatchNorm(True), several, norm])
+        folded = tools.fold(model, of_linen(model, x), x, seconds=0)
+    else:
+        model = nnx.Sequential(
+            nnx.Linear(1, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        )
+        nnx.update(model, trained(nnx.state(model)))
+        model.eval()
+        folded = tools.fold(model, x, seconds=0)
+    assert not folded.report.kept
+    assert folded.report.relative < tolerance(1, "float32", 50)
+
+
 # Who feeds whom.
 
 

@@ -210,7 +210,7 @@ class _Recorder:
         self.calls.append(Call(path, module, shape, shape, options, {}))
         for name, a in variables.items():
             # A reshape brings axes that vmap added to the front, or leaves them there.
-            marked(jnp.reshape(a, (1, -1)), name)
+            marked(jnp.reshape(a, (1, *jnp.shape(a))), name)
         y = marked(run(*bound.args[1:], **bound.kwargs), "out")
         self.calls[number] = Call(  # any within have come after it
             path,
