@@ -42,8 +42,9 @@ class FoldReport:
       folded: for each batch norm that is gone its path and the paths of the layers that
         do its work, with names separated by "/".
       kept: for each batch norm that stays its path and why it does.
-      difference: the largest difference of an output from that of the model.
-      relative: the same over the largest absolute output.
+      difference: the largest difference of an output from that of the model; of one of
+        integers or booleans the share of its entries that are other ones.
+      relative: the same over the largest absolute output that is finite.
       speedup: the time of the model over that of the folded one, the median of calls in
         turns; None where they were not timed.
 
@@ -172,7 +173,7 @@ def fold(
     else:
         folded_variables, apply = None, _nnx_model(model, weights, plan)
         runs = [_nnx_program(model), _nnx_program(apply)]
-    measured = _measured(runs, inputs, kwargs, weights.rounding(), seconds)
+    measured = _measured(runs, inputs, kwargs, weights.rounding(plan), seconds)
     done = {word(s.path): tuple(map(word, s.layers)) for s in plan}
     return Folded(apply, folded_variables, FoldReport(done, kept, *measured))
 
@@ -337,10 +338,15 @@ class _Weights:
             i = self.changed[path, name] = self.index(path, name)
             self.leaves[i] = a
 
-    def rounding(self) -> float:
-        """The coarsest rounding of what is computed, or of what it is computed from."""
-        calls = self._traced.calls.values()
-        dtypes = {c.y.dtype for c in calls} | {a.dtype for a in self._traced.leaves}
+    def rounding(self, plan: list[Step]) -> float:
+        """The coarsest rounding of what is computed, or of what is folded."""
+        paths = {path for step in plan for path in (step.path, *step.layers)}
+        dtypes = set()
+        for call in self._traced.calls.values():
+            dtypes.add(call.y.dtype)
+            if call.path in paths:
+                leaves = [self.index(call.path, name) for name in call.variables]
+                dtypes |= {self._traced.leaves[leaf].dtype for leaf in leaves}
         floating = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
         return max(float(jnp.finfo(d).eps) for d in floating)
 
@@ -456,7 +462,7 @@ def _program(apply: Callable, variables: Any) -> Callable:
 
         def run(variables: Any, arrays: list) -> Any:
             args, kwargs = rebuilt(arrays)
-            return apply(variables, *args, **kwargs)
+            return arrays_of(apply(variables, *args, **kwargs))[0]
 
         program = jax.jit(run).lower(variables, arrays).compile()
         return lambda: program(variables, arrays)
@@ -485,35 +491,49 @@ def _measured(
     """The difference of the outputs, absolute and relative, and the speed-up."""
     calls = [run(inputs, kwargs) for run in runs]
     difference = relative = 0.0
-    for want, got in zip(*(jax.tree.leaves(call()) for call in calls), strict=True):
-        if not jnp.issubdtype(want.dtype, jnp.inexact):
-            continue
-        rounding = max(rounding, float(jnp.finfo(want.dtype).eps))
-        wide = jnp.promote_types(want.dtype, jnp.float32)
-        want, got = (np.asarray(a.astype(wide)) for a in (want, got))
-        _check_outputs(want)
-        far = float(np.max(np.abs(want - got), initial=0))
-        largest = float(np.max(np.abs(want), initial=0))
-        difference = max(difference, far)
-        relative = max(relative, far / largest if largest else far)
-    if not relative <= math.sqrt(rounding):
-        raise error(
-            "the folded model must have the outputs of the model",
-            f"a difference of {relative:.2g} of the largest, where rounding makes"
-            f" {math.sqrt(rounding):.2g} at most",
-            "Leave a norm out of paths: a parameter may be read beside its layer, or a"
-            " variance be near zero",
-        )
+    for want, got in zip(*(call() for call in calls), strict=True):
+        floating = jnp.issubdtype(want.dtype, jnp.inexact)
+        far, of_largest = (_distance if floating else _share)(want, got)
+        own = float(jnp.finfo(want.dtype).eps) if floating else 0.0
+        most = math.sqrt(max(rounding, own))
+        if not of_largest <= most:  # NaN is no less
+            what = f"of {of_largest:.2g} of the largest"
+            if not floating:
+                what = (
+                    f"in {of_largest:.2g} of the entries of an output of {want.dtype}"
+                )
+            raise error(
+                "the folded model must have the outputs of the model",
+                f"a difference {what}, where rounding makes {most:.2g} at most",
+                "Leave a norm out of paths: a variance may be near zero, or a mean far"
+                " from it",
+            )
+        difference, relative = max(difference, far), max(relative, of_largest)
     return difference, relative, _speedup(calls, seconds) if seconds else None
 
 
-def _check_outputs(y: np.ndarray) -> None:
-    if not np.isfinite(y).all():
+def _distance(want: jax.Array, got: jax.Array) -> tuple[float, float]:
+    """The largest difference of an output, and that over its largest finite number."""
+    wide = jnp.promote_types(want.dtype, jnp.float32)
+    a, b = (np.asarray(y.astype(wide)) for y in (want, got))
+    if np.isnan(a).any():
         raise error(
-            "the outputs of the model must be finite, to compare with",
-            f"{y[~np.isfinite(y)][0]}",
+            "the outputs of the model must have no NaN, to compare with",
+            f"NaN in an output of shape {a.shape}",
             "Pass inputs that are typical of inference",
         )
+    finite = np.isfinite(a)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        off = np.where(finite, np.abs(a - b), np.where(a == b, 0, np.inf))
+    far = float(np.max(off, initial=0))
+    largest = float(np.max(np.abs(a), initial=0, where=finite))
+    return far, far / largest if largest else far
+
+
+def _share(want: jax.Array, got: jax.Array) -> tuple[float, float]:
+    """Which part of an output that is not floating is another."""
+    share = float((want != got).sum()) / max(want.size, 1)
+    return share, share
 
 
 def _speedup(calls: list[Callable], seconds: float) -> float:

@@ -205,6 +205,9 @@ class _Beside:
             if others:
                 one = word(sorted(others)[0])
                 return f"{name} of {word(call.path)} is that of {one} too"
+            if beside := self.traced.beside(leaf, call.path):
+                by = ", ".join(sorted(set(map(self._named, beside))))
+                return f"{name} of {word(call.path)} is read beside it, by {by}"
         return None
 
     def _source(self, label: Any) -> Call | None:
