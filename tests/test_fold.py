@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import normjax.nnx
 from normjax import linen, tools
+from normjax.tools import models
 
 C = 4
 LAYERS = {
@@ -594,35 +595,91 @@ def test_outputs_that_are_infinite_or_not_floating_are_compared(quick_compile):
         )
 
 
+class Flagged(nn.Module):
+    """Calls of it that differ by a flag, a method, or what is given."""
+
+    def setup(self):
+        self.dense, self.norm = nn.Dense(C), linen.BatchNorm(True)
+        self.dropout = nn.Dropout(0.5)
+
+    def __call__(self, x, train, shift=None, raw=False):
+        y = self.dense(x)
+        y = y if raw else self.norm(y)
+        y = self.dropout(y, deterministic=not train)
+        return y if shift is None else y + shift
+
+    def features(self, x):
+        return self.dense(x)
+
+
+def test_a_folded_model_is_called_as_it_was_folded(quick_compile):
+    x = np.random.default_rng(0).normal(size=(3, C)).astype(np.float32)
+    model = Flagged()
+    variables = trained(models.abstract_init(model, x, False))
+    rngs = {"dropout": jax.random.key(0)}
+    flag = np.bool_(False)
+    folded = tools.fold(model, variables, x, train=flag, rngs=rngs, seconds=0)
+
+    def call(*args, **kwargs):
+        return folded.apply(folded.variables, *args, **kwargs)
+
+    want = model.apply(variables, x[:2], False)
+    for got in [
+        call(x[:2], False),
+        call(train=False, x=x[:2], rngs=None),
+        call(x[:2], False, None, raw=False, method="__call__"),
+        call(x[:2], False, method=Flagged.__call__, mutable=["batch_stats"])[0],
+        jax.jit(lambda x: call(x, train=False))(x[:2]),
+    ]:
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for args, kwargs, got in [
+        ((x, True), {}, f"train: True; it was folded with {flag!r}"),
+        ((x, False), {"raw": True}, "raw: True; it was folded with False"),
+        ((x, False, x), {}, "shift: an array; it was folded with None"),
+        (({"a": x}, False), {}, "x: nothing; it was folded with an array"),
+        (
+            (x,),
+            {"method": "features"},
+            "method: Flagged.features; it was folded with Flagged.__call__",
+        ),
+    ]:
+        with pytest.raises(ValueError) as error:
+            call(*args, **kwargs)
+        assert str(error.value) == (
+            "fold: a folded model must be called as it was folded, but for the values"
+            f" of arrays. Got {got}. Fold it with that too, or call the model that was"
+            " not folded."
+        )
+
+
+def test_a_replaced_model_is_folded_too(small, quick_compile):
+    model = nn.Sequential([nn.Dense(C), nn.BatchNorm(True), nn.LayerNorm()])
+    variables, x = of_linen(model, small[-1]), small[-1]
+    replaced = tools.replace(model, "layer", "same")
+    folded = tools.fold(replaced, variables, x, seconds=0)
+    assert folded.report.folded == {"layers_1": ("layers_0",)}
+    assert folded.apply(folded.variables, x).shape == x.shape
+
+
 def test_a_folded_norm_does_not_train():
     x = np.ones((2, C), np.float32)
-    model = Small(linen.BatchNorm())
-    variables = of_linen(Small(linen.BatchNorm(True)), x)
-    folded = tools.fold(model, variables, x, seconds=0, use_running_average=True)
-    rule = (
-        "fold: a folded batch norm is the affine map of its running statistics. Got a"
-        " call of norm "
-    )
+    model = OneLayer(nnx.Rngs(0))
+    nnx.update(model, trained(nnx.state(model)))
+    folded = tools.fold(model, x, seconds=0).apply
     todo = " Train, and mask, the model that was not folded."
     for options, got in [
         ({"use_running_average": False}, "while training"),
-        ({"use_running_average": True, "mask": x > 0}, "with a mask"),
+        ({"mask": x > 0}, "with a mask"),
     ]:
         with pytest.raises(ValueError) as error:
-            folded.apply(folded.variables, x, **options)
-        assert str(error.value) == f"{rule}{got}.{todo}"
-    model = nnx.Sequential(
-        nnx.Linear(C, C, rngs=nnx.Rngs(0)), nnx.BatchNorm(C, rngs=nnx.Rngs(0))
-    )
-    nnx.update(model, trained(nnx.state(model)))
-    model.eval()
-    folded = tools.fold(model, x, seconds=0).apply
+            folded.norm(x, **options)
+        assert str(error.value) == (
+            "fold: a folded batch norm is the affine map of its running statistics. Got"
+            f" a call of norm {got}.{todo}"
+        )
     folded.train()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"norm while training.{todo}"):
         folded(x)
-    assert str(error.value) == f"{rule}while training.{todo}".replace(
-        "norm while", "layers/1 while"
-    )
     assert not nnx.state(folded, nnx.BatchStat)
 
 

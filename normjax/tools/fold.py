@@ -1,6 +1,7 @@
 """Batch norms become part of the layers beside them, for inference."""
 
 import dataclasses
+import inspect
 import math
 import statistics
 import time
@@ -27,8 +28,10 @@ from normjax.tools.fold_plan import (
 from normjax.tools.models import (
     abstract_init,
     arrays_of,
+    is_array,
     kind_of,
     nnx_replaced,
+    path_of,
     substituted,
     system_of,
 )
@@ -82,7 +85,8 @@ class Folded(NamedTuple):
 
     Attributes:
       apply: called as the model was: for linen ``apply(variables, *inputs)``, as the
-        model's own ``apply``; for nnx the folded module itself.
+        model's own ``apply``, which refuses another method, and other flags or arguments
+        than it was folded with; for nnx the folded module itself, which cannot.
       variables: for linen those of the folded model; None for nnx.
       report: a `FoldReport`.
 
@@ -127,7 +131,8 @@ def fold(
         can be.
       strict: whether a batch norm that cannot be folded is an error.
       seconds: for how long to time the model and the folded one; 0 not to.
-      **kwargs: what else the model is called with, ``train=False``, say.
+      **kwargs: what else the model is called with, ``train=False``, say; for linen
+        ``method`` and ``rngs`` too.
 
     Returns:
       A `Folded`. The model and its variables stay as they are. What cannot be folded is
@@ -165,7 +170,8 @@ def fold(
     weights.finish()
     if linen:
         folded_variables = _linen_variables(variables, weights, plan)
-        apply = _linen_apply(model, plan, set(weights.added))
+        flags = _flags(model, inputs, kwargs)
+        apply = _linen_apply(model, plan, set(weights.added), flags)
         runs = [
             _linen_program(model.apply, variables),
             _linen_program(apply, folded_variables),
@@ -194,7 +200,7 @@ def _checked_variables(model: Any, inputs: tuple, kwargs: dict) -> Any:
             given,
             "Pass fold(model, {'params': ..., 'batch_stats': ...}, x)",
         )
-    wanted = abstract_init(model, *inputs[1:], **kwargs)
+    wanted = abstract_init(model, *inputs[1:], **_of_call(kwargs))
     there = _shapes(nn.meta.unbox(inputs[0]))
     for path, shape in _shapes(nn.meta.unbox(wanted)).items():
         if there.get(path) != shape:
@@ -398,7 +404,9 @@ def _edited(tree: Any, changes: dict[tuple, Any]) -> Any:
     return type(tree)({**found, **new})
 
 
-def _linen_apply(model: Any, plan: list[Step], biased: set[Path]) -> Callable:
+def _linen_apply(
+    model: Any, plan: list[Step], biased: set[Path], flags: dict[str, Any]
+) -> Callable:
     """The ``apply`` of the folded model."""
     pasts = {step.path: step.past for step in plan}
 
@@ -417,12 +425,62 @@ def _linen_apply(model: Any, plan: list[Step], biased: set[Path]) -> Callable:
         return call
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_flags(flags, _flags(model, args, kwargs))
         # A program within that was compiled before is not traced again, and that is
         # well: it was compiled for variables of this structure, in which no norm is.
         with substituted(swap):
             return model.apply(variables, *args, **kwargs)
 
     return apply
+
+
+class _Word:
+    """Stands for what has no value of its own in a call."""
+
+    def __init__(self, word: str):
+        self.word = word
+
+    def __repr__(self) -> str:
+        return self.word
+
+
+_ARRAY, _NOTHING = _Word("an array"), _Word("nothing")
+_OF_APPLY = ("rngs", "mutable", "capture_intermediates")  # the model gets none of them
+
+
+def _of_call(kwargs: dict) -> dict:
+    return {name: a for name, a in kwargs.items() if name not in _OF_APPLY}
+
+
+def _flags(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a linen model is called with, by name; any array counts as one."""
+    kwargs = _of_call(kwargs)
+    while not callable(model):  # a model replaced
+        model = model.model
+    method = kwargs.pop("method", None) or "__call__"
+    if isinstance(method, str):
+        method = getattr(type(model), method)
+    method = getattr(method, "__func__", method)
+    bound = inspect.signature(method).bind(model, *args, **kwargs)
+    bound.apply_defaults()
+    _, *given = bound.arguments.items()
+    leaves = jax.tree_util.tree_leaves_with_path(dict(given), lambda a: a is None)
+    flags = {"/".join(path_of(p)): _ARRAY if is_array(a) else a for p, a in leaves}
+    return {"method": method, **flags}
+
+
+def _check_flags(folded: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses a call that may be of another program than the one that was folded."""
+    for name in {**folded, **given}:
+        old, new = (flags.get(name, _NOTHING) for flags in (folded, given))
+        if new is not old and new != old:
+            old, new = (getattr(a, "__qualname__", repr(a)) for a in (old, new))
+            raise error(
+                "a folded model must be called as it was folded, but for the values of"
+                " arrays",
+                f"{name}: {new}; it was folded with {old}",
+                "Fold it with that too, or call the model that was not folded",
+            )
 
 
 def _nnx_model(model: Any, weights: _Weights, plan: list[Step]) -> Any:
