@@ -43,6 +43,7 @@ AFTER = {
     "circular": lambda of: of("Conv", 6, (3, 3), padding="CIRCULAR"),
     "one by one": lambda of: of("Conv", 6, (1, 1), strides=2),
     "no padding": lambda of: of("Conv", 6, (3,), padding=[(0, 0)], mask=MASK),
+    "mixed padding": lambda of: of("Conv", 6, (3, 3), padding=((0, 0), 0)),
     "grouped": lambda of: of(
         "Conv", 6, (2,), feature_group_count=2, padding=0, use_bias=False
     ),
@@ -370,6 +371,55 @@ def test_what_would_be_wrong_to_fold_stays_and_says_why(kept, quick_compile):
     assert set(folded.variables["batch_stats"]) == set(KEPT)
 
 
+class Ranks(nn.Module):
+    """An axis that is counted from the front, of inputs of two ranks."""
+
+    @nn.compact
+    def __call__(self, x, y):
+        dense, norm = nn.Dense(C), nn.BatchNorm(True, axis=1)
+        return norm(dense(x)), norm(dense(y))
+
+
+class Twice(nn.Module):
+    model: nn.Module
+
+    def __call__(self, x, y):
+        return self.model(x), self.model(y)
+
+
+def doubled(arrays, *, dtype=None, inexact=True):
+    return tuple(a if a is None else 2 * a for a in arrays)
+
+
+def test_norms_that_are_no_map_of_a_layer_s_features_stay():
+    x, y = np.ones((3, C), np.float32), np.ones((3, C, C), np.float32)
+    message = error_of(Ranks(), of_linen(Ranks(), x, y), x, y)
+    why = "its axis is another one for inputs of another rank"
+    assert f"Got BatchNorm_0: {why}. Pass" in message
+    general = nn.Sequential([nn.BatchNorm(True), nn.DenseGeneral(C, axis=1)])
+    twice = Twice(general)
+    why = "layers_1 sums over another axis for inputs of another rank"
+    assert f"{why}. Pass" in error_of(twice, of_linen(twice, x, y), x, y)
+    for layer, norm, why in [
+        (doubled, None, "layers/0 has a promote_dtype of its own, and it feeds"),
+        (None, doubled, "it has a promote_dtype of its own. Pass"),
+    ]:
+        own = [{"promote_dtype": of} if of else {} for of in (layer, norm)]
+        model = nnx.Sequential(
+            nnx.Linear(C, C, rngs=nnx.Rngs(0), **own[0]),
+            nnx.BatchNorm(C, rngs=nnx.Rngs(0), **own[1]),
+        )
+        model.eval()
+        assert f"Got layers/1: {why}" in error_of(model, x)
+
+
+def test_norms_of_integers_are_folded(quick_compile):
+    x = np.arange(3 * C).reshape(3, C)
+    model = nn.Sequential([nn.BatchNorm(True), nn.Dense(3)])
+    folded = tools.fold(model, of_linen(model, x), x, seconds=0)
+    assert folded.report.folded == {"layers_0": ("layers_1",)}
+
+
 class Beside(nn.Module):
     """Variables that are read beside their layers and norms, all but those of good."""
 
@@ -506,18 +556,22 @@ def test_there_must_be_something_to_fold(small, quick_compile):
 
 def test_variables_must_be_those_of_the_model(small):
     model, variables, x = small
-    rule = "fold: the variables must be those of the model. Got "
+    rule = "fold: the variables must be those of the model, as it is called. Got "
     todo = (
         " Pass {'params': ..., 'batch_stats': ...} as its init or its last apply"
         " returned them."
     )
     assert error_of(model, {"params": variables["params"]}, x) == (
-        f"{rule}batch_stats/norm/mean missing; the model has it, of shape (4,).{todo}"
+        f"{rule}batch_stats/norm/mean missing; in the model it is of shape (4,).{todo}"
     )
     other = changed(variables, "params/dense/kernel", lambda a: a[1:])
     assert error_of(model, other, x) == (
-        f"{rule}params/dense/kernel of shape (3, 4); the model has it, of shape"
+        f"{rule}params/dense/kernel of shape (3, 4); in the model it is of shape"
         f" (4, 4).{todo}"
+    )
+    ghost = {**variables["batch_stats"], "ghost": {"mean": np.ones(2)}}
+    assert error_of(model, {**variables, "batch_stats": ghost}, x) == (
+        f"{rule}batch_stats/ghost/mean of shape (2,); in the model it is missing.{todo}"
     )
     rule = "fold: the variables of a linen model come after it. Got "
     todo = " Pass fold(model, {'params': ..., 'batch_stats': ...}, x)."

@@ -85,8 +85,8 @@ class Folded(NamedTuple):
 
     Attributes:
       apply: called as the model was: for linen ``apply(variables, *inputs)``, as the
-        model's own ``apply``, which refuses another method, and other flags or arguments
-        than it was folded with; for nnx the folded module itself, which cannot.
+        model's own ``apply``, but it refuses another method, other flags and other
+        arguments than it was folded with; for nnx the folded module itself.
       variables: for linen those of the folded model; None for nnx.
       report: a `FoldReport`.
 
@@ -140,9 +140,9 @@ def fold(
 
     Raises:
       TypeError: if model is neither a linen nor an nnx module.
-      ValueError: if variables are missing, of other shapes than the model's, not finite
-        or never updated; if nothing can be folded, or what must be cannot; or if the
-        outputs differ by more than rounding explains.
+      ValueError: if variables are missing, too many, of other shapes than the model's,
+        not finite or never updated; if nothing can be folded, or what must be cannot;
+        or if the outputs differ by more than rounding explains.
 
     Example:
       >>> import flax.linen as nn
@@ -201,13 +201,16 @@ def _checked_variables(model: Any, inputs: tuple, kwargs: dict) -> Any:
             "Pass fold(model, {'params': ..., 'batch_stats': ...}, x)",
         )
     wanted = abstract_init(model, *inputs[1:], **_of_call(kwargs))
-    there = _shapes(nn.meta.unbox(inputs[0]))
-    for path, shape in _shapes(nn.meta.unbox(wanted)).items():
-        if there.get(path) != shape:
-            found = f"of shape {there[path]}" if path in there else "missing"
+    there, own = (_shapes(nn.meta.unbox(v)) for v in (inputs[0], wanted))
+    for path in {**own, **there}:
+        if own.get(path) != there.get(path):
+            given, has = (
+                f"of shape {shapes[path]}" if path in shapes else "missing"
+                for shapes in (there, own)
+            )
             raise error(
-                "the variables must be those of the model",
-                f"{path} {found}; the model has it, of shape {shape}",
+                "the variables must be those of the model, as it is called",
+                f"{path} {given}; in the model it is {has}",
                 "Pass {'params': ..., 'batch_stats': ...} as its init or its last apply"
                 " returned them",
             )
@@ -284,7 +287,7 @@ class _Weights:
         """The factor, the mean that is taken off and the bias, along the features."""
         norm, path = step.norm, step.path
         features = [norm.x.shape[a] for a in axes_of(norm)]
-        dtype = jnp.promote_types(jnp.finfo(norm.x.dtype).dtype, jnp.float32)
+        dtype = jnp.promote_types(jnp.finfo(norm.y.dtype).dtype, jnp.float32)
         found = {}
         for name in ("scale", "bias", "mean", "var"):
             if name in norm.variables:
