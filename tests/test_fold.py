@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import normjax.nnx
 from normjax import linen, tools
+from normjax.tools import models
 
 C = 4
 LAYERS = {
@@ -42,6 +43,7 @@ AFTER = {
     "circular": lambda of: of("Conv", 6, (3, 3), padding="CIRCULAR"),
     "one by one": lambda of: of("Conv", 6, (1, 1), strides=2),
     "no padding": lambda of: of("Conv", 6, (3,), padding=[(0, 0)], mask=MASK),
+    "mixed padding": lambda of: of("Conv", 6, (3, 3), padding=((0, 0), 0)),
     "grouped": lambda of: of(
         "Conv", 6, (2,), feature_group_count=2, padding=0, use_bias=False
     ),
@@ -209,6 +211,25 @@ def test_the_folded_parameters_are_those_of_the_formula():
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
+@pytest.mark.parametrize("system", ["linen", "nnx"])
+def test_layers_of_one_feature_are_folded(system, quick_compile):
+    x = np.random.default_rng(0).normal(size=(4, 1)).astype(np.float32)
+    if system == "linen":
+        several = nn.DenseGeneral((1, 2), name="several")
+        norm = nn.BatchNorm(True, axis=(-2, -1))
+        model = nn.Sequential([nn.Dense(1), nn.BatchNorm(True), several, norm])
+        folded = tools.fold(model, of_linen(model, x), x, seconds=0)
+    else:
+        model = nnx.Sequential(
+            nnx.Linear(1, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        )
+        nnx.update(model, trained(nnx.state(model)))
+        model.eval()
+        folded = tools.fold(model, x, seconds=0)
+    assert not folded.report.kept
+    assert folded.report.relative < tolerance(1, "float32", 50)
+
+
 # Who feeds whom.
 
 
@@ -350,6 +371,117 @@ def test_what_would_be_wrong_to_fold_stays_and_says_why(kept, quick_compile):
     assert set(folded.variables["batch_stats"]) == set(KEPT)
 
 
+class Ranks(nn.Module):
+    """An axis that is counted from the front, of inputs of two ranks."""
+
+    @nn.compact
+    def __call__(self, x, y):
+        dense, norm = nn.Dense(C), nn.BatchNorm(True, axis=1)
+        return norm(dense(x)), norm(dense(y))
+
+
+class Twice(nn.Module):
+    model: nn.Module
+
+    def __call__(self, x, y):
+        return self.model(x), self.model(y)
+
+
+def doubled(arrays, *, dtype=None, inexact=True):
+    return tuple(a if a is None else 2 * a for a in arrays)
+
+
+def test_norms_that_are_no_map_of_a_layer_s_features_stay():
+    x, y = np.ones((3, C), np.float32), np.ones((3, C, C), np.float32)
+    message = error_of(Ranks(), of_linen(Ranks(), x, y), x, y)
+    why = "its axis is another one for inputs of another rank"
+    assert f"Got BatchNorm_0: {why}. Pass" in message
+    general = nn.Sequential([nn.BatchNorm(True), nn.DenseGeneral(C, axis=1)])
+    twice = Twice(general)
+    why = "layers_1 sums over another axis for inputs of another rank"
+    assert f"{why}. Pass" in error_of(twice, of_linen(twice, x, y), x, y)
+    for layer, norm, why in [
+        (doubled, None, "layers/0 has a promote_dtype of its own, and it feeds"),
+        (None, doubled, "it has a promote_dtype of its own. Pass"),
+    ]:
+        own = [{"promote_dtype": of} if of else {} for of in (layer, norm)]
+        model = nnx.Sequential(
+            nnx.Linear(C, C, rngs=nnx.Rngs(0), **own[0]),
+            nnx.BatchNorm(C, rngs=nnx.Rngs(0), **own[1]),
+        )
+        model.eval()
+        assert f"Got layers/1: {why}" in error_of(model, x)
+
+
+def test_norms_of_integers_are_folded(quick_compile):
+    x = np.arange(3 * C).reshape(3, C)
+    model = nn.Sequential([nn.BatchNorm(True), nn.Dense(3)])
+    folded = tools.fold(model, of_linen(model, x), x, seconds=0)
+    assert folded.report.folded == {"layers_0": ("layers_1",)}
+
+
+class Beside(nn.Module):
+    """Variables that are read beside their layers and norms, all but those of good."""
+
+    @nn.compact
+    def __call__(self, x):
+        def of(name):
+            dense = nn.Dense(C, name=name)
+            norm = linen.BatchNorm(True, name=f"n_{name}")
+            return norm(dense(x)), dense.variables["params"]["kernel"], norm.variables
+
+        good, kernel, _ = of("good")
+        _ = jnp.sum(kernel)  # of which nothing comes
+        product, kernel, _ = of("product")
+        product = jnp.argmax(product @ kernel, -1)
+        branch, kernel, _ = of("branch")
+        branch = jax.lax.cond(x[0, 0] > 1e9, lambda x: x @ kernel, lambda x: branch, x)
+        loop, kernel, _ = of("loop")
+        loop, _ = jax.lax.scan(lambda y, _: (y @ kernel, None), loop, length=2)
+        carry, kernel, _ = of("carry")
+        y, _ = jax.lax.scan(lambda c, _: (c[::-1], None), (carry, kernel), length=2)
+        read = (
+            of("mean")[2]["batch_stats"]["mean"],
+            2 * of("scale")[2]["params"]["scale"],
+        )
+        return good, product, branch, loop, y, read
+
+
+READ = {
+    "product": "kernel of product is read beside it, by `dot_general`",
+    "branch": "kernel of branch is read beside it, by `cond`",
+    "loop": "kernel of loop is read beside it, by `dot_general`",
+    "carry": "kernel of carry is read beside it, by `scan`",
+    "mean": "mean of n_mean is read beside it, by the model's output",
+    "scale": "scale of n_scale is read beside it, by `mul`",
+}
+
+
+def test_what_is_read_beside_its_layer_or_norm_stays(quick_compile):
+    x = np.random.default_rng(0).normal(size=(C, C)).astype(np.float32)
+    folded = tools.fold(Beside(), of_linen(Beside(), x), x, seconds=0)
+    assert folded.report.folded == {"n_good": ("good",)}
+    kept = {name: why.split(", and")[0] for name, why in folded.report.kept.items()}
+    assert kept == {f"n_{name}": why for name, why in READ.items()}
+
+
+class TiedOfNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(C, C, rngs=rngs)
+        self.norm = nnx.BatchNorm(C, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.linear(x)) @ self.linear.kernel[...].T
+
+
+def test_what_is_read_beside_its_layer_stays_in_nnx_too():
+    assert error_of(TiedOfNnx(nnx.Rngs(0)), np.ones((2, C), np.float32)) == (
+        "fold: there must be a batch norm to fold. Got norm: kernel of linear is read"
+        " beside it, by `transpose`, and it feeds `dot_general`, no layer. Pass a model"
+        " in inference, with batch norms right after layers."
+    )
+
+
 # What is asked for and cannot be done, and what is broken.
 
 
@@ -361,16 +493,6 @@ class Small(nn.Module):
 
     def __call__(self, x, **kwargs):
         return self.norm(self.dense(x), **kwargs)
-
-
-class Tied(nn.Module):
-    """The kernel of a layer is read beside it."""
-
-    @nn.compact
-    def __call__(self, x):
-        dense = nn.Dense(C)
-        y = linen.BatchNorm(True)(dense(x))
-        return y @ dense.variables["params"]["kernel"].T
 
 
 @pytest.fixture(scope="module")
@@ -434,18 +556,22 @@ def test_there_must_be_something_to_fold(small, quick_compile):
 
 def test_variables_must_be_those_of_the_model(small):
     model, variables, x = small
-    rule = "fold: the variables must be those of the model. Got "
+    rule = "fold: the variables must be those of the model, as it is called. Got "
     todo = (
         " Pass {'params': ..., 'batch_stats': ...} as its init or its last apply"
         " returned them."
     )
     assert error_of(model, {"params": variables["params"]}, x) == (
-        f"{rule}batch_stats/norm/mean missing; the model has it, of shape (4,).{todo}"
+        f"{rule}batch_stats/norm/mean missing; in the model it is of shape (4,).{todo}"
     )
     other = changed(variables, "params/dense/kernel", lambda a: a[1:])
     assert error_of(model, other, x) == (
-        f"{rule}params/dense/kernel of shape (3, 4); the model has it, of shape"
+        f"{rule}params/dense/kernel of shape (3, 4); in the model it is of shape"
         f" (4, 4).{todo}"
+    )
+    ghost = {**variables["batch_stats"], "ghost": {"mean": np.ones(2)}}
+    assert error_of(model, {**variables, "batch_stats": ghost}, x) == (
+        f"{rule}batch_stats/ghost/mean of shape (2,); in the model it is missing.{todo}"
     )
     rule = "fold: the variables of a linen model come after it. Got "
     todo = " Pass fold(model, {'params': ..., 'batch_stats': ...}, x)."
@@ -484,52 +610,130 @@ def test_numbers_must_be_those_of_a_trained_model(small):
         " of the trained model."
     )
     assert error_of(model, variables, x * np.nan) == (
-        "fold: the outputs of the model must be finite, to compare with. Got nan. Pass"
-        " inputs that are typical of inference."
+        "fold: the outputs of the model must have no NaN, to compare with. Got NaN in"
+        " an output of shape (3, 4). Pass inputs that are typical of inference."
     )
 
 
-def test_outputs_that_differ_are_refused(small):
-    x = small[-1]
-    message = error_of(Tied(), of_linen(Tied(), x), x)
-    assert message.startswith(
-        "fold: the folded model must have the outputs of the model. Got a difference"
-    )
-    assert message.endswith(
-        " of the largest, where rounding makes 0.00035 at most. Leave a norm out of"
-        " paths: a parameter may be read beside its layer, or a variance be near zero."
-    )
+class Heads(nn.Module):
+    """Outputs of many kinds, of one norm, beside a parameter of little precision."""
+
+    of: tuple = ("float", "masked", "class", "idle", "name")
+
+    @nn.compact
+    def __call__(self, x):
+        y = linen.BatchNorm(True)(nn.Dense(C)(x))
+        idle = self.param("idle", nn.initializers.zeros, (1,), jnp.bfloat16)
+        masked = jnp.where(y > 0, y, -jnp.inf)
+        ys = {"masked": masked, "class": y.argmax(-1), "idle": idle, "name": "heads"}
+        return {name: {**ys, "float": y}[name] for name in self.of}
+
+
+def test_outputs_that_are_infinite_or_not_floating_are_compared(quick_compile):
+    x = np.random.default_rng(0).normal(size=(3, C)).astype(np.float32)
+    variables = of_linen(Heads(), x)
+    report = tools.fold(Heads(), variables, x, seconds=0).report
+    assert report.relative < tolerance(C, "float32", 50)
+    # The layer rounds all that the norm would see, and the folded layer none of it.
+    far = changed(variables, "batch_stats/BatchNorm_0/mean", lambda a: a + 1e8)
+    far = changed(far, "params/Dense_0/bias", lambda a: a + 1e8)
+    for of, got in [
+        ("float", "of 1.8 of the largest"),
+        ("masked", "of inf of the largest"),
+        ("class", "in 1 of the entries of an output of int32"),
+    ]:
+        assert error_of(Heads((of,)), far, x) == (
+            "fold: the folded model must have the outputs of the model. Got a"
+            f" difference {got}, where rounding makes 0.00035 at most. Leave a norm out"
+            " of paths: a variance may be near zero, or a mean far from it."
+        )
+
+
+class Flagged(nn.Module):
+    """Calls of it that differ by a flag, a method, or what is given."""
+
+    def setup(self):
+        self.dense, self.norm = nn.Dense(C), linen.BatchNorm(True)
+        self.dropout = nn.Dropout(0.5)
+
+    def __call__(self, x, train, shift=None, raw=False):
+        y = self.dense(x)
+        y = y if raw else self.norm(y)
+        y = self.dropout(y, deterministic=not train)
+        return y if shift is None else y + shift
+
+    def features(self, x):
+        return self.dense(x)
+
+
+def test_a_folded_model_is_called_as_it_was_folded(quick_compile):
+    x = np.random.default_rng(0).normal(size=(3, C)).astype(np.float32)
+    model = Flagged()
+    variables = trained(models.abstract_init(model, x, False))
+    rngs = {"dropout": jax.random.key(0)}
+    flag = np.bool_(False)
+    folded = tools.fold(model, variables, x, train=flag, rngs=rngs, seconds=0)
+
+    def call(*args, **kwargs):
+        return folded.apply(folded.variables, *args, **kwargs)
+
+    want = model.apply(variables, x[:2], False)
+    for got in [
+        call(x[:2], False),
+        call(train=False, x=x[:2], rngs=None),
+        call(x[:2], False, None, raw=False, method="__call__"),
+        call(x[:2], False, method=Flagged.__call__, mutable=["batch_stats"])[0],
+        jax.jit(lambda x: call(x, train=False))(x[:2]),
+    ]:
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for args, kwargs, got in [
+        ((x, True), {}, f"train: True; it was folded with {flag!r}"),
+        ((x, False), {"raw": True}, "raw: True; it was folded with False"),
+        ((x, False, x), {}, "shift: an array; it was folded with None"),
+        (({"a": x}, False), {}, "x: nothing; it was folded with an array"),
+        (
+            (x,),
+            {"method": "features"},
+            "method: Flagged.features; it was folded with Flagged.__call__",
+        ),
+    ]:
+        with pytest.raises(ValueError) as error:
+            call(*args, **kwargs)
+        assert str(error.value) == (
+            "fold: a folded model must be called as it was folded, but for the values"
+            f" of arrays. Got {got}. Fold it with that too, or call the model that was"
+            " not folded."
+        )
+
+
+def test_a_replaced_model_is_folded_too(small, quick_compile):
+    model = nn.Sequential([nn.Dense(C), nn.BatchNorm(True), nn.LayerNorm()])
+    variables, x = of_linen(model, small[-1]), small[-1]
+    replaced = tools.replace(model, "layer", "same")
+    folded = tools.fold(replaced, variables, x, seconds=0)
+    assert folded.report.folded == {"layers_1": ("layers_0",)}
+    assert folded.apply(folded.variables, x).shape == x.shape
 
 
 def test_a_folded_norm_does_not_train():
     x = np.ones((2, C), np.float32)
-    model = Small(linen.BatchNorm())
-    variables = of_linen(Small(linen.BatchNorm(True)), x)
-    folded = tools.fold(model, variables, x, seconds=0, use_running_average=True)
-    rule = (
-        "fold: a folded batch norm is the affine map of its running statistics. Got a"
-        " call of norm "
-    )
+    model = OneLayer(nnx.Rngs(0))
+    nnx.update(model, trained(nnx.state(model)))
+    folded = tools.fold(model, x, seconds=0).apply
     todo = " Train, and mask, the model that was not folded."
     for options, got in [
         ({"use_running_average": False}, "while training"),
-        ({"use_running_average": True, "mask": x > 0}, "with a mask"),
+        ({"mask": x > 0}, "with a mask"),
     ]:
         with pytest.raises(ValueError) as error:
-            folded.apply(folded.variables, x, **options)
-        assert str(error.value) == f"{rule}{got}.{todo}"
-    model = nnx.Sequential(
-        nnx.Linear(C, C, rngs=nnx.Rngs(0)), nnx.BatchNorm(C, rngs=nnx.Rngs(0))
-    )
-    nnx.update(model, trained(nnx.state(model)))
-    model.eval()
-    folded = tools.fold(model, x, seconds=0).apply
+            folded.norm(x, **options)
+        assert str(error.value) == (
+            "fold: a folded batch norm is the affine map of its running statistics. Got"
+            f" a call of norm {got}.{todo}"
+        )
     folded.train()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"norm while training.{todo}"):
         folded(x)
-    assert str(error.value) == f"{rule}while training.{todo}".replace(
-        "norm while", "layers/1 while"
-    )
     assert not nnx.state(folded, nnx.BatchStat)
 
 

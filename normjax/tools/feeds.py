@@ -72,9 +72,11 @@ class Feeds:
         graph = _Graph()
         kinds: list[Any] = [("leaf", i) for i in range(len(leaves))]
         kinds += ["the model's input"] * (len(program.jaxpr.invars) - len(leaves))
-        for value in graph.walk(program.jaxpr, [graph.new(k) for k in kinds]):
+        outputs = graph.walk(program.jaxpr, [graph.new(k) for k in kinds])
+        for value in outputs:
             graph.readers[value].append("the model's output")
         self._graph, self.leaves = graph, leaves
+        self._readings = graph.readings(outputs)
         self.calls = {i: c for i, c in enumerate(calls) if Mark(i, "in") in graph.marks}
 
     def sources(self, call: int) -> list[Any]:
@@ -94,12 +96,14 @@ class Feeds:
         found = {self._origin(v) for v, _ in self._graph.marks[Mark(call, name)]}
         return found.pop() if len(found) == 1 else None
 
+    def beside(self, leaf: int, path: tuple[str, ...]) -> list[Any]:
+        """Who reads a leaf on the way to an output, outside the calls of a module."""
+        own = {i for i, call in self.calls.items() if call.path == path}
+        return [by for by, within in self._readings[leaf] if own.isdisjoint(within)]
+
     def _origin(self, value: int) -> int | None:
         (reshaped,) = self._graph.maker[value][1]
-        label, read = self._graph.maker[reshaped]
-        while label == _STACKED:
-            label, read = self._graph.maker[read[0]]
-        return label[1] if isinstance(label, tuple) and label[0] == "leaf" else None
+        return self._graph.leaf(reshaped)
 
 
 class _Graph:
@@ -107,13 +111,39 @@ class _Graph:
 
     def __init__(self) -> None:
         self.maker: list[tuple[Any, list[int]]] = []
+        self.within: list[tuple[int, ...]] = []  # which calls it was made
         self.readers: list[list[Any]] = []
         self.marks: dict[Mark, list[tuple[int, int]]] = defaultdict(list)
+        self._calls: tuple[int, ...] = ()  # in which the walk is
 
     def new(self, label: Any, read: Sequence[int] = ()) -> int:
         self.maker.append((label, list(read)))
+        self.within.append(self._calls)
         self.readers.append([])
         return len(self.maker) - 1
+
+    def leaf(self, value: int) -> int | None:
+        """The leaf that a value is, or is a slice of along an axis of layers."""
+        label, read = self.maker[value]
+        while label == _STACKED:
+            label, read = self.maker[read[0]]
+        return label[1] if isinstance(label, tuple) and label[0] == "leaf" else None
+
+    def readings(self, outputs: Sequence[int]) -> dict[int, list[tuple]]:
+        """By leaf who reads it on the way to an output, and within which calls."""
+        found: dict[int, list[tuple]] = defaultdict(list)
+        readings: list[tuple] = [("the model's output", (), v) for v in outputs]
+        reached: set[int] = set()
+        while readings:
+            by, within, value = readings.pop()
+            leaf = self.leaf(value)
+            if leaf is not None:
+                found[leaf].append((by, within))
+            elif value not in reached:
+                reached.add(value)
+                label, read = self.maker[value]
+                readings += [(label, self.within[value], v) for v in read]
+        return found
 
     def walk(self, jaxpr: Any, given: Sequence[int]) -> list[int]:
         """Adds the values of a program; returns those that it returns."""
@@ -123,9 +153,15 @@ class _Graph:
         def value(v: Any) -> int:
             return self.new("a constant") if hasattr(v, "val") else values[v]
 
+        ends = {mark for e in jaxpr.eqns if (mark := _mark_of(e))}
         for equation in jaxpr.eqns:
             made = self._equation(equation, [value(v) for v in equation.invars])
             values.update(zip(equation.outvars, made, strict=True))
+            mark = _mark_of(equation)
+            if mark and mark.what == "in" and Mark(mark.call, "out") in ends:
+                self._calls += (mark.call,)
+            elif mark and mark.what == "out":
+                self._calls = tuple(c for c in self._calls if c != mark.call)
         return [value(v) for v in jaxpr.outvars]
 
     def _equation(self, equation: Any, read: list[int]) -> list[int]:
@@ -139,10 +175,18 @@ class _Graph:
         label = mark or f"`{name}`"
         for value in read:
             self.readers[value].append(label)
+        returned = [read] * len(equation.outvars)
         for program in inner:
-            for value in self.walk(program, self._given(equation, program, read)):
+            given = self._given(equation, program, read)
+            ends = self.walk(program, given)
+            for value in ends:
                 self.readers[value].append(f"the end of `{name}`")
-        made = [self.new(label, read) for _ in equation.outvars]
+            if name == "scan":  # each is what one end was, of the last turn or of all
+                returned = [[end] for end in ends]
+                carried = [v for v in given if self.maker[v][0] == label]
+                for value, end in zip(carried, ends, strict=False):
+                    self.maker[value][1].append(end)
+        made = [self.new(label, values) for values in returned]
         if mark is not None:
             self.marks[mark].append((read[0], made[0]))
         return made
@@ -160,7 +204,7 @@ class _Graph:
         carried = _with_an_axis_less(equation.outvars, program.outvars).count(False)
         end = stacks.count(False)
         return [
-            self.new(f"`{name}`")
+            self.new(f"`{name}`", [value])
             if end - carried <= i < end
             else self.new(_STACKED, [value])
             for i, value in enumerate(read)
@@ -210,7 +254,7 @@ class _Recorder:
         self.calls.append(Call(path, module, shape, shape, options, {}))
         for name, a in variables.items():
             # A reshape brings axes that vmap added to the front, or leaves them there.
-            marked(jnp.reshape(a, (1, -1)), name)
+            marked(jnp.reshape(a, (1, *jnp.shape(a))), name)
         y = marked(run(*bound.args[1:], **bound.kwargs), "out")
         self.calls[number] = Call(  # any within have come after it
             path,
@@ -244,7 +288,8 @@ def of_linen(
         args, kwargs = rebuilt(arrays)
         with nn.intercept_methods(interceptor):
             # What a norm that trains writes is not what the model returns.
-            return model.apply(variables, *args, mutable=["batch_stats"], **kwargs)[0]
+            y, _ = model.apply(variables, *args, mutable=["batch_stats"], **kwargs)
+        return arrays_of(y)[0]
 
     arrays, rebuilt = arrays_of((args, kwargs))
     program = jax.make_jaxpr(run)(variables, arrays)
@@ -273,7 +318,7 @@ def of_nnx(
                 # A class of its own for each: it goes where the module goes, into the
                 # copies that nnx.jit, nnx.scan and nnx.vmap make of it, too.
                 module.__class__ = _marking(path, originals[path], recorder)
-        return copy(*args, **kwargs)
+        return arrays_of(copy(*args, **kwargs))[0]
 
     arrays, rebuilt = arrays_of((args, kwargs))
     program = jax.make_jaxpr(run)(state, arrays)

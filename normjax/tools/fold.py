@@ -1,6 +1,7 @@
 """Batch norms become part of the layers beside them, for inference."""
 
 import dataclasses
+import inspect
 import math
 import statistics
 import time
@@ -27,8 +28,10 @@ from normjax.tools.fold_plan import (
 from normjax.tools.models import (
     abstract_init,
     arrays_of,
+    is_array,
     kind_of,
     nnx_replaced,
+    path_of,
     substituted,
     system_of,
 )
@@ -42,8 +45,9 @@ class FoldReport:
       folded: for each batch norm that is gone its path and the paths of the layers that
         do its work, with names separated by "/".
       kept: for each batch norm that stays its path and why it does.
-      difference: the largest difference of an output from that of the model.
-      relative: the same over the largest absolute output.
+      difference: the largest difference of an output from that of the model; of one of
+        integers or booleans the share of its entries that are other ones.
+      relative: the same over the largest absolute output that is finite.
       speedup: the time of the model over that of the folded one, the median of calls in
         turns; None where they were not timed.
 
@@ -81,7 +85,8 @@ class Folded(NamedTuple):
 
     Attributes:
       apply: called as the model was: for linen ``apply(variables, *inputs)``, as the
-        model's own ``apply``; for nnx the folded module itself.
+        model's own ``apply``, but it refuses another method, other flags and other
+        arguments than it was folded with; for nnx the folded module itself.
       variables: for linen those of the folded model; None for nnx.
       report: a `FoldReport`.
 
@@ -126,7 +131,8 @@ def fold(
         can be.
       strict: whether a batch norm that cannot be folded is an error.
       seconds: for how long to time the model and the folded one; 0 not to.
-      **kwargs: what else the model is called with, ``train=False``, say.
+      **kwargs: what else the model is called with, ``train=False``, say; for linen
+        ``method`` and ``rngs`` too.
 
     Returns:
       A `Folded`. The model and its variables stay as they are. What cannot be folded is
@@ -134,9 +140,9 @@ def fold(
 
     Raises:
       TypeError: if model is neither a linen nor an nnx module.
-      ValueError: if variables are missing, of other shapes than the model's, not finite
-        or never updated; if nothing can be folded, or what must be cannot; or if the
-        outputs differ by more than rounding explains.
+      ValueError: if variables are missing, too many, of other shapes than the model's,
+        not finite or never updated; if nothing can be folded, or what must be cannot;
+        or if the outputs differ by more than rounding explains.
 
     Example:
       >>> import flax.linen as nn
@@ -164,7 +170,8 @@ def fold(
     weights.finish()
     if linen:
         folded_variables = _linen_variables(variables, weights, plan)
-        apply = _linen_apply(model, plan, set(weights.added))
+        flags = _flags(model, inputs, kwargs)
+        apply = _linen_apply(model, plan, set(weights.added), flags)
         runs = [
             _linen_program(model.apply, variables),
             _linen_program(apply, folded_variables),
@@ -172,7 +179,7 @@ def fold(
     else:
         folded_variables, apply = None, _nnx_model(model, weights, plan)
         runs = [_nnx_program(model), _nnx_program(apply)]
-    measured = _measured(runs, inputs, kwargs, weights.rounding(), seconds)
+    measured = _measured(runs, inputs, kwargs, weights.rounding(plan), seconds)
     done = {word(s.path): tuple(map(word, s.layers)) for s in plan}
     return Folded(apply, folded_variables, FoldReport(done, kept, *measured))
 
@@ -193,14 +200,17 @@ def _checked_variables(model: Any, inputs: tuple, kwargs: dict) -> Any:
             given,
             "Pass fold(model, {'params': ..., 'batch_stats': ...}, x)",
         )
-    wanted = abstract_init(model, *inputs[1:], **kwargs)
-    there = _shapes(nn.meta.unbox(inputs[0]))
-    for path, shape in _shapes(nn.meta.unbox(wanted)).items():
-        if there.get(path) != shape:
-            found = f"of shape {there[path]}" if path in there else "missing"
+    wanted = abstract_init(model, *inputs[1:], **_of_call(kwargs))
+    there, own = (_shapes(nn.meta.unbox(v)) for v in (inputs[0], wanted))
+    for path in {**own, **there}:
+        if own.get(path) != there.get(path):
+            given, has = (
+                f"of shape {shapes[path]}" if path in shapes else "missing"
+                for shapes in (there, own)
+            )
             raise error(
-                "the variables must be those of the model",
-                f"{path} {found}; the model has it, of shape {shape}",
+                "the variables must be those of the model, as it is called",
+                f"{path} {given}; in the model it is {has}",
                 "Pass {'params': ..., 'batch_stats': ...} as its init or its last apply"
                 " returned them",
             )
@@ -277,7 +287,7 @@ class _Weights:
         """The factor, the mean that is taken off and the bias, along the features."""
         norm, path = step.norm, step.path
         features = [norm.x.shape[a] for a in axes_of(norm)]
-        dtype = jnp.promote_types(jnp.finfo(norm.x.dtype).dtype, jnp.float32)
+        dtype = jnp.promote_types(jnp.finfo(norm.y.dtype).dtype, jnp.float32)
         found = {}
         for name in ("scale", "bias", "mean", "var"):
             if name in norm.variables:
@@ -337,10 +347,15 @@ class _Weights:
             i = self.changed[path, name] = self.index(path, name)
             self.leaves[i] = a
 
-    def rounding(self) -> float:
-        """The coarsest rounding of what is computed, or of what it is computed from."""
-        calls = self._traced.calls.values()
-        dtypes = {c.y.dtype for c in calls} | {a.dtype for a in self._traced.leaves}
+    def rounding(self, plan: list[Step]) -> float:
+        """The coarsest rounding of what is computed, or of what is folded."""
+        paths = {path for step in plan for path in (step.path, *step.layers)}
+        dtypes = set()
+        for call in self._traced.calls.values():
+            dtypes.add(call.y.dtype)
+            if call.path in paths:
+                leaves = [self.index(call.path, name) for name in call.variables]
+                dtypes |= {self._traced.leaves[leaf].dtype for leaf in leaves}
         floating = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
         return max(float(jnp.finfo(d).eps) for d in floating)
 
@@ -392,7 +407,9 @@ def _edited(tree: Any, changes: dict[tuple, Any]) -> Any:
     return type(tree)({**found, **new})
 
 
-def _linen_apply(model: Any, plan: list[Step], biased: set[Path]) -> Callable:
+def _linen_apply(
+    model: Any, plan: list[Step], biased: set[Path], flags: dict[str, Any]
+) -> Callable:
     """The ``apply`` of the folded model."""
     pasts = {step.path: step.past for step in plan}
 
@@ -411,12 +428,62 @@ def _linen_apply(model: Any, plan: list[Step], biased: set[Path]) -> Callable:
         return call
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_flags(flags, _flags(model, args, kwargs))
         # A program within that was compiled before is not traced again, and that is
         # well: it was compiled for variables of this structure, in which no norm is.
         with substituted(swap):
             return model.apply(variables, *args, **kwargs)
 
     return apply
+
+
+class _Word:
+    """Stands for what has no value of its own in a call."""
+
+    def __init__(self, word: str):
+        self.word = word
+
+    def __repr__(self) -> str:
+        return self.word
+
+
+_ARRAY, _NOTHING = _Word("an array"), _Word("nothing")
+_OF_APPLY = ("rngs", "mutable", "capture_intermediates")  # the model gets none of them
+
+
+def _of_call(kwargs: dict) -> dict:
+    return {name: a for name, a in kwargs.items() if name not in _OF_APPLY}
+
+
+def _flags(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a linen model is called with, by name; any array counts as one."""
+    kwargs = _of_call(kwargs)
+    while not callable(model):  # a model replaced
+        model = model.model
+    method = kwargs.pop("method", None) or "__call__"
+    if isinstance(method, str):
+        method = getattr(type(model), method)
+    method = getattr(method, "__func__", method)
+    bound = inspect.signature(method).bind(model, *args, **kwargs)
+    bound.apply_defaults()
+    _, *given = bound.arguments.items()
+    leaves = jax.tree_util.tree_leaves_with_path(dict(given), lambda a: a is None)
+    flags = {"/".join(path_of(p)): _ARRAY if is_array(a) else a for p, a in leaves}
+    return {"method": method, **flags}
+
+
+def _check_flags(folded: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses a call that may be of another program than the one that was folded."""
+    for name in {**folded, **given}:
+        old, new = (flags.get(name, _NOTHING) for flags in (folded, given))
+        if new is not old and new != old:
+            old, new = (getattr(a, "__qualname__", repr(a)) for a in (old, new))
+            raise error(
+                "a folded model must be called as it was folded, but for the values of"
+                " arrays",
+                f"{name}: {new}; it was folded with {old}",
+                "Fold it with that too, or call the model that was not folded",
+            )
 
 
 def _nnx_model(model: Any, weights: _Weights, plan: list[Step]) -> Any:
@@ -456,7 +523,7 @@ def _program(apply: Callable, variables: Any) -> Callable:
 
         def run(variables: Any, arrays: list) -> Any:
             args, kwargs = rebuilt(arrays)
-            return apply(variables, *args, **kwargs)
+            return arrays_of(apply(variables, *args, **kwargs))[0]
 
         program = jax.jit(run).lower(variables, arrays).compile()
         return lambda: program(variables, arrays)
@@ -485,35 +552,49 @@ def _measured(
     """The difference of the outputs, absolute and relative, and the speed-up."""
     calls = [run(inputs, kwargs) for run in runs]
     difference = relative = 0.0
-    for want, got in zip(*(jax.tree.leaves(call()) for call in calls), strict=True):
-        if not jnp.issubdtype(want.dtype, jnp.inexact):
-            continue
-        rounding = max(rounding, float(jnp.finfo(want.dtype).eps))
-        wide = jnp.promote_types(want.dtype, jnp.float32)
-        want, got = (np.asarray(a.astype(wide)) for a in (want, got))
-        _check_outputs(want)
-        far = float(np.max(np.abs(want - got), initial=0))
-        largest = float(np.max(np.abs(want), initial=0))
-        difference = max(difference, far)
-        relative = max(relative, far / largest if largest else far)
-    if not relative <= math.sqrt(rounding):
-        raise error(
-            "the folded model must have the outputs of the model",
-            f"a difference of {relative:.2g} of the largest, where rounding makes"
-            f" {math.sqrt(rounding):.2g} at most",
-            "Leave a norm out of paths: a parameter may be read beside its layer, or a"
-            " variance be near zero",
-        )
+    for want, got in zip(*(call() for call in calls), strict=True):
+        floating = jnp.issubdtype(want.dtype, jnp.inexact)
+        far, of_largest = (_distance if floating else _share)(want, got)
+        own = float(jnp.finfo(want.dtype).eps) if floating else 0.0
+        most = math.sqrt(max(rounding, own))
+        if not of_largest <= most:  # NaN is no less
+            what = f"of {of_largest:.2g} of the largest"
+            if not floating:
+                what = (
+                    f"in {of_largest:.2g} of the entries of an output of {want.dtype}"
+                )
+            raise error(
+                "the folded model must have the outputs of the model",
+                f"a difference {what}, where rounding makes {most:.2g} at most",
+                "Leave a norm out of paths: a variance may be near zero, or a mean far"
+                " from it",
+            )
+        difference, relative = max(difference, far), max(relative, of_largest)
     return difference, relative, _speedup(calls, seconds) if seconds else None
 
 
-def _check_outputs(y: np.ndarray) -> None:
-    if not np.isfinite(y).all():
+def _distance(want: jax.Array, got: jax.Array) -> tuple[float, float]:
+    """The largest difference of an output, and that over its largest finite number."""
+    wide = jnp.promote_types(want.dtype, jnp.float32)
+    a, b = (np.asarray(y.astype(wide)) for y in (want, got))
+    if np.isnan(a).any():
         raise error(
-            "the outputs of the model must be finite, to compare with",
-            f"{y[~np.isfinite(y)][0]}",
+            "the outputs of the model must have no NaN, to compare with",
+            f"NaN in an output of shape {a.shape}",
             "Pass inputs that are typical of inference",
         )
+    finite = np.isfinite(a)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        off = np.where(finite, np.abs(a - b), np.where(a == b, 0, np.inf))
+    far = float(np.max(off, initial=0))
+    largest = float(np.max(np.abs(a), initial=0, where=finite))
+    return far, far / largest if largest else far
+
+
+def _share(want: jax.Array, got: jax.Array) -> tuple[float, float]:
+    """Which part of an output that is not floating is another."""
+    share = float((want != got).sum()) / max(want.size, 1)
+    return share, share
 
 
 def _speedup(calls: list[Callable], seconds: float) -> float:

@@ -1,6 +1,7 @@
 """Which batch norms can be folded, into which layers, and why the others cannot."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -169,6 +170,8 @@ class _Beside:
         why = next(filter(None, (self._not_affine(i, past) for i in numbers)), None)
         if why is not None:
             return why
+        if len({axes_of(self.traced.calls[i]) for i in numbers}) > 1:
+            return "its axis is another one for inputs of another rank"
         before = self._before(path)
         if not isinstance(before, str):
             return Step(path, call, before, False, past)
@@ -182,6 +185,8 @@ class _Beside:
         call = self.traced.calls[number]
         if not is_own(call.module):
             return f"{type(call.module).__name__} is a class of its own"
+        if own := _own_function(call.module):
+            return f"it has a {own} of its own"
         average = call.options.get("use_running_average")
         if average is None:
             average = call.module.use_running_average
@@ -205,6 +210,9 @@ class _Beside:
             if others:
                 one = word(sorted(others)[0])
                 return f"{name} of {word(call.path)} is that of {one} too"
+            if beside := self.traced.beside(leaf, call.path):
+                by = ", ".join(sorted(set(map(self._named, beside))))
+                return f"{name} of {word(call.path)} is read beside it, by {by}"
         return None
 
     def _source(self, label: Any) -> Call | None:
@@ -265,10 +273,8 @@ class _Beside:
         norm_number = self.norms[path][0]
         norm, call = (self.traced.calls[i] for i in (norm_number, numbers[0]))
         name, module = word(layer), call.module
-        for field in ("dot_general", "conv_general_dilated"):
-            own = getattr(module, field, None), getattr(module, f"{field}_cls", None)
-            if any(o not in (None, getattr(lax, field)) for o in own):
-                return f"{name} has a {field} of its own"
+        if own := _own_function(module):
+            return f"{name} has a {own} of its own"
         for number in numbers:
             if why := self._computed(number):
                 return why
@@ -285,6 +291,9 @@ class _Beside:
         if any(_is_complex(d) for d in dtypes.values()) and not _is_complex(kernel):
             return f"it is complex, and {name} is real"
         geometry = Geometry(call)
+        summed = {Geometry(self.traced.calls[i]).contracted for i in numbers}
+        if len(summed) > 1:
+            return f"{name} sums over another axis for inputs of another rank"
         return geometry.why_not_after(norm) if after else geometry.why_not_before(norm)
 
     def _leaf(self, number: int, name: str) -> Any:
@@ -296,6 +305,18 @@ class _Beside:
         leaf = self._leaf(number, name)
         inner = len(self.traced.calls[number].variables[name])
         return leaf.shape[: leaf.ndim - inner]
+
+
+def _own_function(module: Any) -> str | None:
+    """The field in which a module has a function of its own to compute with, if any."""
+    defaults = inspect.signature(type(module).__init__).parameters
+    for field in ("dot_general", "conv_general_dilated", "promote_dtype"):
+        for name in (field, f"{field}_cls"):
+            usual = name in defaults and defaults[name].default
+            own = getattr(module, name, None)
+            if own not in (None, usual, getattr(lax, field, None)):
+                return field
+    return None
 
 
 def _is_complex(dtype: Any) -> bool:
@@ -399,8 +420,8 @@ class Geometry:
 
 
 def _numbers(value: Any) -> set[int]:
-    """All the numbers in a field that can be one, a few, or pairs."""
-    return {int(a) for a in np.asarray(value).ravel()}
+    """All the numbers in a field that can be one, a few, pairs, or some of both."""
+    return {int(a) for one in jax.tree.leaves(value) for a in np.ravel(one)}
 
 
 def axes_of(norm: Call) -> tuple[int, ...]:

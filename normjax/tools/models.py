@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from normjax import _check
 
@@ -188,16 +189,20 @@ def arrays_of(tree: Any) -> tuple[list, Callable[[list], Any]]:
     What is no array, a flag say, is what it was, and never traced.
     """
     leaves, structure = jax.tree.flatten(tree)
-    is_array = [hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves]
+    is_of = [is_array(a) for a in leaves]
 
     def rebuilt(arrays: list) -> Any:
         left = iter(arrays)
-        whole = [
-            next(left) if of else a for a, of in zip(leaves, is_array, strict=True)
-        ]
+        whole = [next(left) if of else a for a, of in zip(leaves, is_of, strict=True)]
         return jax.tree.unflatten(structure, whole)
 
-    return [a for a, of in zip(leaves, is_array, strict=True) if of], rebuilt
+    return [a for a, of in zip(leaves, is_of, strict=True) if of], rebuilt
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array; a flag of NumPy is a flag."""
+    shaped = hasattr(value, "shape") and hasattr(value, "dtype")
+    return shaped and not isinstance(value, np.bool_)
 
 
 @contextlib.contextmanager
