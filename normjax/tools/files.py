@@ -10,6 +10,8 @@ import json
 import math
 import os
 import pathlib
+import pickletools
+import re
 import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -270,6 +272,13 @@ def _to_disk(file: Any) -> None:
 
 # .pt: a zip of a pickle and of the bytes of the tensors, for torch alone.
 
+_PICKLE_LIMIT = 10_000_000  # bytes; a tensor takes about 200
+# What the pickle of a state dict names. torch allows more, bytearray(10**10) among it.
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)"
+    r"|torch \w+Storage|torch\.storage UntypedStorage|torch (\w*int|b?float|complex)\w+"
+)
+
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
@@ -287,8 +296,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f" torch.load({str(path)!r}, weights_only=True).items()}}, {str(there)!r})"
             '"',
         ) from None
-    with _opened_zip(path):
-        pass
+    _check_pickle(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # whatever a hostile pickle makes it raise
@@ -310,6 +318,14 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
                 "Save model.state_dict() alone, or pass the inner dictionary, once"
                 " torch.load(weights_only=True) has read it, to from_torch",
             )
+    storages = [value.untyped_storage() for value in found.values()]
+    held = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    if held > (size := path.stat().st_size):
+        raise _refused(
+            path,
+            "tensors must not hold more than the file",
+            f"{held} bytes of tensors, {size} there",
+        )
     return {
         name: of_tensor("read_weights", path, name, value)
         for name, value in found.items()
@@ -322,11 +338,12 @@ def of_tensor(caller: str, path: Any, name: str, tensor: Any) -> np.ndarray:
     kind = str(tensor.dtype).removeprefix("torch.")
     known = {str(d): d for d in _NAMES}
     plain = kind in known and str(tensor.layout) == "torch.strided"
-    if not plain or tensor.device.type != "cpu":
+    if not plain or tensor.is_nested or tensor.device.type != "cpu":
         raise _refused(
             path,
             "tensors must be dense, on the CPU, and of a dtype that numpy has",
-            f"{name!r} of {tensor.dtype}, {tensor.layout}, on {tensor.device}",
+            f"{name!r} of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            + ", nested" * tensor.is_nested,
             "Save tensor.cpu(), dense, in such a dtype",
             caller,
         )
@@ -339,12 +356,65 @@ def of_tensor(caller: str, path: Any, name: str, tensor: Any) -> np.ndarray:
             "Save tensor.contiguous()",
             caller,
         )
-    if (
-        known[kind].isbuiltin != 1
-    ):  # bfloat16 and float8, which numpy has from ml_dtypes
+    tensor = tensor.resolve_conj().resolve_neg()
+    if known[kind].isbuiltin != 1:  # bfloat16, float8: numpy's are of ml_dtypes
         same = {1: "uint8", 2: "int16"}[known[kind].itemsize]
         tensor = tensor.view(getattr(importlib.import_module("torch"), same))
     return tensor.numpy().view(known[kind])
+
+
+def _check_pickle(path: pathlib.Path) -> None:
+    """Refuses a .pt that torch reads in another way than as the zip of a state dict."""
+    with _opened_zip(path) as archive:
+        members = archive.infolist()
+        # As torch looks for it: whatever the case.
+        pickles = [m for m in members if m.filename.lower().endswith("/data.pkl")]
+        whole = _starts_and_ends_as_a_zip(path, archive.start_dir)
+        if len(pickles) != 1 or members[0].header_offset or not whole:
+            raise _refused(
+                path,
+                "a .pt file must be one zip from its first byte to its last, with one"
+                " data.pkl",
+                f"{len(pickles)} of them among {len(members)} members"
+                + ", and other bytes around the zip" * (not whole),
+                "Save model.state_dict() alone",
+            )
+        text = _member(
+            path, archive, pickles[0].filename, "Save model.state_dict() alone"
+        )
+    try:
+        if len(text) > _PICKLE_LIMIT:
+            raise ValueError(f"{len(text)} bytes")
+        # This runs nothing. Other ways to name a global, torch refuses.
+        for opcode, name, _ in pickletools.genops(text):
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(name):
+                raise ValueError(name.replace(" ", "."))
+    except ValueError as fault:
+        raise _refused(
+            path,
+            f"the pickle in a .pt file must have at most {_PICKLE_LIMIT} bytes, and"
+            " name what a state dict of dense tensors is made of, and nothing else",
+            str(fault),
+            "Save model.state_dict() alone",
+        ) from fault
+
+
+def _starts_and_ends_as_a_zip(path: pathlib.Path, directory: int) -> bool:
+    """Whether all who read the zip find its directory at the same place.
+
+    Some look for its end and count back, some go by the place that the end declares.
+    """
+    with open(path, "rb") as file:
+        first = file.read(4)
+        file.seek(-22, os.SEEK_END)
+        end = file.read()
+        declared = end[16:20]
+        if path.stat().st_size >= 98:  # with the end of a zip of 64 bits before it
+            file.seek(-98, os.SEEK_END)
+            end64 = file.read(76)
+            declared = end64[48:56] if end64[56:60] == b"PK\6\7" else declared
+    ends = first == b"PK\3\4" and end[:4] == b"PK\5\6"
+    return ends and int.from_bytes(declared, "little") == directory
 
 
 # .keras: a zip with an .h5 in it.
@@ -355,7 +425,7 @@ def _opened_zip(path: pathlib.Path) -> zipfile.ZipFile:
     size = path.stat().st_size
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, ValueError, OSError) as fault:
+    except _ZIP_FAULTS as fault:
         raise _refused(
             path,
             f"a {path.suffix} file must be a zip, whole",
@@ -379,17 +449,33 @@ def _opened_zip(path: pathlib.Path) -> zipfile.ZipFile:
     return archive
 
 
+# What zipfile raises of files that lie.
+_ZIP_FAULTS = (
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+
+
+def _member(path: Any, archive: zipfile.ZipFile, name: str, todo: str) -> bytes:
+    try:
+        return archive.read(name)
+    except _ZIP_FAULTS as fault:
+        rule = f"a {path.suffix} file must hold {name}, whole"
+        raise _refused(path, rule, _words(fault), todo) from fault
+
+
 def _read_keras(path: pathlib.Path) -> dict[str, np.ndarray]:
     with _opened_zip(path) as archive:
-        try:
-            inside = archive.read("model.weights.h5")
-        except (KeyError, zipfile.BadZipFile, EOFError, OSError) as fault:
-            raise _refused(
-                path,
-                "a .keras file must hold model.weights.h5, whole",
-                _words(fault),
-                "Save it with Keras 3: model.save('model.keras')",
-            ) from fault
+        inside = _member(
+            path,
+            archive,
+            "model.weights.h5",
+            "Save it with Keras 3: model.save('model.keras')",
+        )
     return _datasets_of(path, io.BytesIO(inside), len(inside))
 
 
@@ -490,14 +576,16 @@ def _declared(h5py: Any, path: Any, name: str, dataset: Any, size: int) -> int:
     """How many bytes a dataset declares, once they are known to be there."""
     layouts = {h5py.h5d.CONTIGUOUS: "contiguous", h5py.h5d.COMPACT: "compact"}
     layout = layouts.get(dataset.id.get_create_plist().get_layout())
+    # The shape of a virtual dataset is that of other files, which it would open.
     if layout is None or dataset.external or dataset.shape is None:
-        what = "virtual" if dataset.is_virtual else "chunked"
-        what = "external" if dataset.external else what
+        what = "external" if dataset.external else "empty"
+        if layout is None:
+            what = "virtual" if dataset.is_virtual else "chunked"
         raise _refused(
             path,
             "datasets must be plain arrays that lie in the file as they are, neither"
             " chunked, compressed, virtual nor external",
-            f"{name!r}, {'empty' if dataset.shape is None else what}",
+            f"{name!r}, {what}",
             "Save it with Keras 3, or type: h5repack -f NONE -l CONTI in.h5 out.h5",
         )
     if dataset.dtype.kind not in "biufc" and not _is_bfloat16(dataset):
