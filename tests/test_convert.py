@@ -71,7 +71,11 @@ LAYERS = {
     "conv2": (nn.Conv(3, (3, 2), padding="VALID"), X2, None),
     "conv3": (nn.Conv(3, (3, 2, 1), padding="VALID"), X3, None),
     "grouped": (nn.Conv(6, (3, 2), padding="VALID", feature_group_count=2), X2, None),
-    "depthwise": (nn.Conv(8, (3, 2), padding="VALID", feature_group_count=4), X2, None),
+    "depthwise": (
+        nn.Conv(8, (3, 2), padding="VALID", feature_group_count=4),
+        X2,
+        {"": "depthwise"},
+    ),
     "transposed": (nn.ConvTranspose(3, (3, 2), **UP), X2, PLAIN),
     "square": (nn.ConvTranspose(4, (3, 2), **UP), X2, PLAIN),
     "transpose_kernel": (
@@ -687,6 +691,17 @@ SHAPES = (
     "Take both sides from the same model, or say in layouts which kernels are those of"
     " other layers."
 )
+LAYOUTS = (
+    "layouts are 'conv', 'depthwise', 'conv_transpose', 'conv_transpose_kernel', of"
+    " modules with the kernel of a convolution"
+)
+LAYOUTS_ARE = (
+    "'depthwise' is of a kernel [*K, 1, C * M], 'conv_transpose' of a ConvTranspose,"
+    " 'conv_transpose_kernel' of one with transpose_kernel=True."
+)
+KIND = "Convert it first: quantized weights need their scale."
+RANGE = "numbers must be within the range of the dtype that they become"
+WIDER = "Take a wider dtype on the side that they go to."
 LIKE = norm_variables()[1]
 COUNTED = norm_variables(debias=True)[1]
 
@@ -695,6 +710,14 @@ def put(path, value):
     """LIKE with one array changed."""
     tree = flax.traverse_util.flatten_dict(COUNTED, sep="/")
     return flax.traverse_util.unflatten_dict(tree | {path: value}, sep="/")
+
+
+def conv(*shape):
+    return {"params": {"c": {"kernel": jnp.ones(shape)}}}
+
+
+def kernel(dtype):
+    return {"params": {"l": {"kernel": jnp.ones((2, 2), dtype)}}}
 
 
 def taken(f, *args, **fields):
@@ -737,10 +760,8 @@ BAD = {
     ),
     "layouts left over": (
         taken(tools.from_torch, WEIGHTS, LIKE, layouts={"dense": "conv"}),
-        "from_torch: layouts are 'conv', 'conv_transpose', 'conv_transpose_kernel', of"
-        " modules with the kernel of a convolution. Got {'dense': 'conv'}; such modules"
-        " are none. 'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of"
-        " one with transpose_kernel=True.",
+        f"from_torch: {LAYOUTS}. Got {{'dense': 'conv'}}; such modules are none."
+        f" {LAYOUTS_ARE}",
     ),
     "a layout": (
         taken(
@@ -748,10 +769,84 @@ BAD = {
             {"params": {"up": {"kernel": jnp.ones((3, 2, 2))}}},
             layouts={"up": "flipped"},
         ),
-        "to_torch: layouts are 'conv', 'conv_transpose', 'conv_transpose_kernel', of"
-        " modules with the kernel of a convolution. Got {'up': 'flipped'}; such modules"
-        " are 'up'. 'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of"
-        " one with transpose_kernel=True.",
+        f"to_torch: {LAYOUTS}. Got {{'up': 'flipped'}}; such modules are 'up'."
+        f" {LAYOUTS_ARE}",
+    ),
+    "a depthwise layout": (
+        taken(tools.to_keras, conv(3, 8, 1), layouts={"c": "depthwise"}),
+        f"to_keras: {LAYOUTS}. Got {{'c': 'depthwise'}}; such modules are 'c'."
+        f" {LAYOUTS_ARE}",
+    ),
+    "a convolution of Haiku turned": (
+        taken(tools.from_haiku, ({"c": {"w": np.ones((3, 8, 1))}}, {}), conv(3, 1, 8)),
+        "from_haiku: shapes must agree. Got params/c/kernel of shape (3, 1, 8), 'c/w' of"
+        f" shape (3, 8, 1). {SHAPES}",
+    ),
+    "a convolution of Keras turned": (
+        taken(tools.from_keras, {"layers/c/vars/0": np.ones((3, 8, 1))}, conv(3, 1, 8)),
+        "from_keras: shapes must agree. Got params/c/kernel of shape (3, 1, 8),"
+        f" 'layers/c/vars/0' of shape (3, 8, 1). {SHAPES}",
+    ),
+    "a convolution of Keras turned the other way": (
+        taken(
+            tools.to_keras,
+            conv(3, 8, 1),
+            like={"layers/depthwise_conv1d/vars/0": np.ones((3, 1, 8))},
+            names={"c": "layers/depthwise_conv1d"},
+        ),
+        "to_keras: shapes must agree. Got params/c/kernel of shape (3, 8, 1), which would"
+        " be (3, 8, 1), 'layers/depthwise_conv1d/vars/0' of shape (3, 1, 8)."
+        f" {SHAPES}",
+    ),
+    "an embedding turned": (
+        taken(
+            tools.from_haiku,
+            ({"e": {"embeddings": np.ones((1, 5))}}, {}),
+            {"params": {"e": {"embedding": jnp.ones((5, 1))}}},
+        ),
+        "from_haiku: shapes must agree. Got params/e/embedding of shape (5, 1),"
+        f" 'e/embeddings' of shape (1, 5). {SHAPES}",
+    ),
+    "integers to Haiku": (
+        taken(tools.to_haiku, kernel(jnp.int8), ({"l": {"w": jnp.ones((2, 2))}}, {})),
+        "to_haiku: dtypes must be of one kind. Got params/l/kernel of int8, 'l/w' of"
+        f" float32. {KIND}",
+    ),
+    "complex numbers to Equinox": (
+        taken(
+            tools.to_equinox,
+            kernel(jnp.complex64),
+            ({"l": {"weight": jnp.ones((2, 2))}}, None),
+        ),
+        "to_equinox: dtypes must be of one kind. Got params/l/kernel of complex64,"
+        f" 'l.weight' of float32. {KIND}",
+    ),
+    "too large to Haiku": (
+        taken(
+            tools.to_haiku,
+            jax.tree.map(lambda a: 1e6 * a, kernel(jnp.float32)),
+            ({"l": {"w": jnp.ones((2, 2), jnp.float16)}}, {}),
+        ),
+        f"to_haiku: {RANGE}. Got params/l/kernel of float32, 'l/w' of float16:"
+        f" 1000000.0. {WIDER}",
+    ),
+    "too large": (
+        taken(
+            tools.from_torch,
+            {"l.weight": np.array([[1, np.inf], [np.nan, -7e4]])},
+            kernel(jnp.float16),
+        ),
+        f"from_torch: {RANGE}. Got params/l/kernel of float16, 'l.weight' of float64:"
+        f" -70000.0. {WIDER}",
+    ),
+    "too large an integer": (
+        taken(
+            tools.from_torch,
+            {"l.weight": np.array([[1, 127], [-128, 128]])},
+            kernel(jnp.int8),
+        ),
+        f"from_torch: {RANGE}. Got params/l/kernel of int8, 'l.weight' of int64: 128."
+        f" {WIDER}",
     ),
     "no array": (
         taken(tools.to_torch, {"params": {"dense": {"kernel": "x"}}}),
@@ -857,6 +952,31 @@ def test_what_does_not_fit_is_named_on_both_sides(fault):
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "count", [np.array(3.7), np.array(-5), np.array(True), np.array(2**24 + 1)]
+)
+def test_a_count_that_is_none_is_refused(count):
+    with pytest.raises(ValueError) as error:
+        tools.from_torch(without(**{"bn.num_batches_tracked": count}), COUNTED)
+    assert str(error.value) == (
+        "from_torch: a count of updates must be a whole number from 0 on, which its dtype"
+        f" can hold. Got {count} for batch_stats/bn/count of float32. Set it to the"
+        " nearest such number."
+    )
+
+
+def test_a_depthwise_kernel_of_keras_is_known_by_its_name_or_by_layouts():
+    ours = {"params": {"c": {"kernel": jnp.arange(24.0).reshape(3, 1, 8)}}}
+    path = "layers/depthwise_conv1d_2/vars/0"
+    like = {path: np.ones((3, 4, 2))}
+    weights = tools.to_keras(ours, names={"c": path[:-7]}, like=like)
+    assert (weights[path].reshape(3, 1, 8) == ours["params"]["c"]["kernel"]).all()
+    back = tools.from_keras(
+        {"layers/c/vars/0": weights[path]}, ours, layouts={"c": "depthwise"}
+    )
+    assert_same_bits(back, ours)
 
 
 @needs("equinox")

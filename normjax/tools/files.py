@@ -387,8 +387,8 @@ def _check_pickle(path: pathlib.Path) -> None:
             raise ValueError(f"{len(text)} bytes")
         # This runs nothing. Other ways to name a global, torch refuses.
         for opcode, name, _ in pickletools.genops(text):
-            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(name):
-                raise ValueError(name.replace(" ", "."))
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(name)):
+                raise ValueError(str(name).replace(" ", "."))
     except ValueError as fault:
         raise _refused(
             path,
