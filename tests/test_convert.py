@@ -621,13 +621,14 @@ def test_models_of_nnx_convert(kind):
         def __init__(self):
             self.layers = nnx.List([nnx.Linear(5, 4, rngs=nnx.Rngs(0))])
             self.bn = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
 
-    model = Model()
-    state = nnx.state(model)
+    model, numbers = Model(), (nnx.Param, nnx.BatchStat)
+    state = nnx.state(model, numbers)
     like = {
         "state": state,
         "pure": nnx.to_pure_dict(state),
-        "shapes": nnx.eval_shape(lambda: nnx.state(Model())),
+        "shapes": nnx.eval_shape(lambda: nnx.state(Model(), numbers)),
     }[kind]
     weights = {k.replace("dense", "layers.0"): v for k, v in WEIGHTS.items()}
     ours = tools.from_torch(weights, like)
@@ -702,6 +703,12 @@ LAYOUTS_ARE = (
 KIND = "Convert it first: quantized weights need their scale."
 RANGE = "numbers must be within the range of the dtype that they become"
 WIDER = "Take a wider dtype on the side that they go to."
+NO_ARRAY = (
+    "Pass the variables themselves, and leave out of them what is no array: with nnx,"
+    " pass nnx.state(model, (nnx.Param, nnx.BatchStat))."
+)
+MAPPING = "must be a mapping whose keys are names"
+STATE_DICT = "Pass read_weights(path) or model.state_dict(), say, with names alone."
 LIKE = norm_variables()[1]
 COUNTED = norm_variables(debias=True)[1]
 
@@ -850,8 +857,38 @@ BAD = {
     ),
     "no array": (
         taken(tools.to_torch, {"params": {"dense": {"kernel": "x"}}}),
-        "to_torch: variables must be arrays. Got params/dense/kernel, a str. Pass the"
-        " variables themselves, and leave out of them what is no array.",
+        "to_torch: variables must be arrays. Got params/dense/kernel, a str."
+        f" {NO_ARRAY}",
+    ),
+    "a key of random numbers": (
+        taken(tools.to_torch, {"rngs": {"key": jax.random.key(0)}}),
+        f"to_torch: variables must be arrays. Got rngs/key, a PRNGKeyArray. {NO_ARRAY}",
+    ),
+    "a path": (
+        taken(tools.from_torch, "a.pt", LIKE),
+        f"from_torch: weights {MAPPING}. Got a str. {STATE_DICT}",
+    ),
+    "a key that is no name": (
+        taken(tools.from_keras, {1: np.ones(2)}, LIKE),
+        f"from_keras: weights {MAPPING}. Got the key 1. {STATE_DICT}",
+    ),
+    "like of no names": (
+        taken(tools.to_torch, LIKE, like=[]),
+        f"to_torch: like {MAPPING}. Got a list. {STATE_DICT}",
+    ),
+    "params alone": (
+        taken(tools.from_haiku, {"l": {"w": np.ones((2, 2))}}, LIKE),
+        "from_haiku: the model on the other side is given as (params, state). Got a"
+        " dict. Pass (params, state), with {} for a state that it has not.",
+    ),
+    "flat params": (
+        taken(tools.to_haiku, LIKE, ({"l/w": np.ones((2, 2))}, {})),
+        f"to_haiku: params and state at 'l/w' {MAPPING}. Got a ndarray. {STATE_DICT}",
+    ),
+    "a module alone": (
+        taken(tools.from_equinox, {"l": {"weight": np.ones((2, 2))}}, LIKE),
+        "from_equinox: the model on the other side is given as (module, state). Got a"
+        " dict. Pass (module, state), with None for a state that it has not.",
     ),
     "64 bits": (
         taken(tools.from_torch, {"w": np.ones(1)}, {"params": {"w": np.ones(1)}}),
@@ -893,8 +930,7 @@ BAD = {
     "shapes for arrays": (
         taken(tools.to_torch, jax.eval_shape(lambda: LIKE)),
         "to_torch: variables must be arrays. Got batch_stats/bn/mean, a"
-        " ShapeDtypeStruct. Pass the variables themselves, and leave out of them what is"
-        " no array.",
+        f" ShapeDtypeStruct. {NO_ARRAY}",
     ),
     "one value": (
         taken(tools.from_torch, WEIGHTS, LIKE, values_per_statistic=1),

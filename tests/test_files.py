@@ -90,14 +90,64 @@ def test_safetensors_are_those_of_the_package(tmp_path):
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "a.h5"
     tools.write_weights(path, {"a": np.ones(3)})
-    before = path.read_bytes()
-    with pytest.raises(ValueError) as error:
-        tools.write_weights(path, {"b": np.ones(3), "b/c": np.ones(3)})
-    assert str(error.value).startswith(
-        "write_weights: an .h5 file takes arrays of dtypes that HDF5 has, and no name"
-        " that goes on where another ends. Got 'b/c' of dtype float64: "
+    before, float8 = path.read_bytes(), np.ones(3, ml_dtypes.float8_e4m3fn)
+    for weights, got in [
+        ({"b": np.ones(3), "b/c": np.ones(3)}, "'b/c' of dtype float64: "),
+        (
+            {"b": float8},
+            "'b' of dtype float8_e4m3fn: TypeError: it has none for it. ",
+        ),
+        *(
+            (
+                {name: np.ones(3)},
+                f"{name!r} of dtype float64: ValueError: HDF5 would change it. ",
+            )
+            for name in ("", "a//b", "/a", "a/.", "a\0b")
+        ),
+    ]:
+        with pytest.raises(ValueError) as error:
+            tools.write_weights(path, weights)
+        assert str(error.value).startswith(
+            "write_weights: an .h5 file takes arrays of dtypes that HDF5 has, by names"
+            f" like 'a/b', of which none goes on where another ends. Got {got}"
+        )
+        assert str(error.value).endswith(" Write a .safetensors file.")
+        assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    real, link = (
+        tmp_path / "a" / "real.safetensors",
+        tmp_path / "b" / "link.safetensors",
     )
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    link.symlink_to(real)
+    tools.write_weights(link, {"w": np.ones(2)})
+    assert link.is_symlink() and [p.name for p in real.parent.iterdir()] == [
+        "real.safetensors"
+    ]
+    assert_same_bits(tools.read_weights(link), {"w": np.ones(2)})
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        tools.write_weights(tmp_path / "none" / "a.h5", {})
+    assert str(error.value) == (
+        f"write_weights: the folder of a file must be there. Got {tmp_path / 'none'},"
+        " which is not. Make it with os.makedirs."
+    )
+
+
+@needs_torch
+def test_tensors_are_written(tmp_path):
+    import torch
+
+    path = tmp_path / "a.safetensors"
+    half = torch.ones(2, dtype=torch.bfloat16)
+    tools.write_weights(path, {"a": half, "b": torch.nn.Parameter(torch.ones(2))})
+    want = {"a": np.ones(2, ml_dtypes.bfloat16), "b": np.ones(2, np.float32)}
+    assert_same_bits(tools.read_weights(path), want)
 
 
 @needs_torch
@@ -839,6 +889,20 @@ def test_files_of_other_names_are_refused(tmp_path):
         " float32, uint64, int64, float64, complex64. Got 'a' of dtype <U1. Leave it out,"
         " or cast it."
     )
+    with pytest.raises(ValueError) as error:
+        tools.write_weights(tmp_path / "a.safetensors", {"__metadata__": np.ones(1)})
+    assert str(error.value) == (
+        "write_weights: in a .safetensors file the name __metadata__ is of no array. Got"
+        " '__metadata__' in weights. Give it another name."
+    )
+    for weights, got in [([np.ones(1)], "a list"), ({3: np.ones(1)}, "the key 3")]:
+        with pytest.raises(TypeError) as error:
+            tools.write_weights(tmp_path / "a.safetensors", weights)
+        assert str(error.value) == (
+            "write_weights: weights must be a mapping whose keys are names. Got"
+            f" {got}. Pass read_weights(path) or model.state_dict(), say, with names"
+            " alone."
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _check
-from normjax.tools.files import of_tensor
+from normjax.tools.files import array_of, check_names
 
 Names = Mapping[str, str] | Callable[[str], str] | None
 
@@ -130,7 +130,8 @@ def _places(
     found = jax.tree_util.tree_leaves_with_path(variables)
     parts = [_parts(path) for path, _ in found]
     for p, (_, a) in zip(parts, found, strict=True):
-        if not hasattr(a, "shape") or not hasattr(a, "dtype"):
+        numbers = hasattr(a, "shape") and isinstance(getattr(a, "dtype", 0), np.dtype)
+        if not numbers:  # a key of random numbers has a dtype of JAX's own
             raise _no_array(name, "/".join(p), a)
     collections = isinstance(variables, Mapping) and (
         "params" in variables or "batch_stats" in variables
@@ -178,7 +179,8 @@ def _no_array(name: str, path: str, value: Any) -> Exception:
         name,
         "variables must be arrays",
         f"{path}, a {type(value).__name__}",
-        "Pass the variables themselves, and leave out of them what is no array",
+        "Pass the variables themselves, and leave out of them what is no array: with"
+        " nnx, pass nnx.state(model, (nnx.Param, nnx.BatchStat))",
     )
 
 
@@ -358,7 +360,7 @@ def _filled(
     for place in places:
         a = count
         if place.theirs is not None:
-            a = _array(name, place.theirs, weights[place.theirs])
+            a = array_of(name, "weights", place.theirs, weights[place.theirs])
         a = np.asarray(a)
         wanted = () if place.leaf == "count" else _their_shape(place)
         if a.shape != wanted and not place.alike(a.shape, wanted):
@@ -371,12 +373,6 @@ def _filled(
         arrays.append(_as_ours(name, place, a, (factors or {}).get(place.path)))
     _check_shapes(name, faults)
     return jax.tree.unflatten(jax.tree.structure(variables), arrays)
-
-
-def _array(name: str, theirs: str, a: Any) -> Any:
-    """A tensor of torch as an array; anything else as it is."""
-    tensor = hasattr(a, "untyped_storage")
-    return of_tensor(name, "weights", theirs, a) if tensor else a
 
 
 def _as_ours(name: str, place: _Place, a: np.ndarray, factor: Any) -> jax.Array:
@@ -580,6 +576,7 @@ def from_torch(
     """
     places = _places("from_torch", _TORCH, variables, names, layouts)
     factors = _bessel("from_torch", places, values_per_statistic)
+    check_names("from_torch", "weights", weights)
     counted = {p.theirs for p in places}
     uncounted = {
         key
@@ -632,6 +629,7 @@ def to_torch(
     places = _places("to_torch", _TORCH, variables, names, layouts)
     factors = _bessel("to_torch", places, values_per_statistic)
     if like is not None:
+        check_names("to_torch", "like", like)
         counts = {p.theirs for p in places if p.leaf == "count"}
         counted = [k for k in like if k.endswith("num_batches_tracked")]
         like = {k: v for k, v in like.items() if k in counts or k not in counted}
@@ -688,7 +686,11 @@ def from_keras(
     places = _places("from_keras", _KERAS, variables, names, layouts)
     _check_count("from_keras", places, count)
     return _filled(
-        "from_keras", places, _keras_weights(weights), variables, count=count
+        "from_keras",
+        places,
+        _keras_weights("from_keras", "weights", weights),
+        variables,
+        count=count,
     )
 
 
@@ -726,11 +728,12 @@ def to_keras(
       dict_keys(['layers/dense/vars/0'])
     """
     places = _places("to_keras", _KERAS, variables, names, layouts)
-    like = None if like is None else _keras_weights(like)
+    like = None if like is None else _keras_weights("to_keras", "like", like)
     return _taken("to_keras", places, variables, like)
 
 
-def _keras_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+def _keras_weights(name: str, field: str, weights: Any) -> dict[str, Any]:
+    check_names(name, field, weights)
     return {
         k: v
         for k, v in weights.items()
@@ -862,6 +865,10 @@ def to_haiku(
 
 def _haiku_flat(weights: Any, places: list[_Place], name: str) -> dict[str, Any]:
     """Params and state by module/leaf, without what follows from the rest."""
+    _check_pair(name, weights, "(params, state)", "{}")
+    for tree in weights:
+        for module, leaves in check_names(name, "params and state", tree).items():
+            check_names(name, f"params and state at {module!r}", leaves)
     flat = {
         f"{module}/{leaf}": a
         for tree in weights
@@ -888,6 +895,17 @@ def _haiku_flat(weights: Any, places: list[_Place], name: str) -> dict[str, Any]
                 "Pass the state of one model",
             )
     return kept
+
+
+def _check_pair(name: str, pair: Any, two: str, empty: str) -> None:
+    if type(pair) not in (tuple, list) or len(pair) != 2:
+        raise _check.error(
+            TypeError,
+            name,
+            f"the model on the other side is given as {two}",
+            f"a {type(pair).__name__}",
+            f"Pass {two}, with {empty} for a state that it has not",
+        )
 
 
 def _check_momentum(name: str, norms: Any, momentum: float | None) -> None:
@@ -948,6 +966,7 @@ def from_equinox(
       Array(0., dtype=float32)
     """
     places = _places("from_equinox", _EQUINOX, variables, names, layouts)
+    _check_pair("from_equinox", weights, "(module, state)", "None")
     flat, _ = _equinox_flat("from_equinox", *weights, places)
     unknown = {p.theirs for p in places if p.leaf == "count"} - flat.keys()
     places = [p._replace(theirs=None) if p.theirs in unknown else p for p in places]
@@ -990,6 +1009,7 @@ def to_equinox(
       Array(6., dtype=float32)
     """
     places = _places("to_equinox", _EQUINOX, variables, names, layouts)
+    _check_pair("to_equinox", like, "(module, state)", "None")
     there, norms = _equinox_flat("to_equinox", *like, places)
     uncounted = {p.theirs for p in places if p.leaf == "count"} - there.keys()
     places = [p._replace(theirs=None) if p.theirs in uncounted else p for p in places]

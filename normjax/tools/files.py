@@ -104,13 +104,14 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
     ``.weights.h5`` with ``model.load_weights``.
 
     Args:
-      path: of the file, which is replaced if it is there. Its name ends in
-        ``.safetensors`` or ``.h5``.
-      weights: arrays by name.
+      path: of the file, which is replaced if it is there; of a link, what it leads to.
+        Its name ends in ``.safetensors`` or ``.h5``.
+      weights: arrays by name, or tensors on the CPU.
 
     Raises:
-      ValueError: if the name ends in something else, or an array has a dtype that such
-        a file has no name for.
+      ValueError: if the name ends in something else, or an array has a dtype or a name
+        that such a file has not.
+      FileNotFoundError: if the folder is not there.
       ImportError: if h5py is missing for ``.h5``.
 
     Example:
@@ -133,9 +134,13 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
             str(path),
             "PyTorch loads .safetensors, and Keras .weights.h5",
         )
-    arrays = {name: np.asarray(a) for name, a in weights.items()}
+    check_names("write_weights", "weights", weights)
+    arrays = {
+        name: np.asarray(array_of("write_weights", "weights", name, a))
+        for name, a in weights.items()
+    }
     for name, a in arrays.items():
-        if a.dtype.newbyteorder("=") not in _NAMES or not isinstance(name, str):
+        if a.dtype.newbyteorder("=") not in _NAMES:
             raise _check.error(
                 ValueError,
                 "write_weights",
@@ -144,13 +149,38 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
                 f"{name!r} of dtype {a.dtype}",
                 "Leave it out, or cast it",
             )
+    real = pathlib.Path(os.path.realpath(path))
+    if not real.parent.is_dir():
+        raise _check.error(
+            FileNotFoundError,
+            "write_weights",
+            "the folder of a file must be there",
+            f"{real.parent}, which is not",
+            "Make it with os.makedirs",
+        )
     # Beside the file, so that it is renamed into place in one step.
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    unfinished = real.with_name(f".{real.name}.{secrets.token_hex(4)}.tmp")
     try:
         writers[path.suffix](unfinished, arrays)
-        os.replace(unfinished, path)
+        os.replace(unfinished, real)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_names(caller: str, field: str, weights: Any) -> Mapping[str, Any]:
+    """Refuses what is no mapping from names, in the name of the caller."""
+    named = isinstance(weights, Mapping)
+    odd = [key for key in weights if not isinstance(key, str)] if named else []
+    if not named or odd:
+        got = f"the key {odd[0]!r}" if odd else f"a {type(weights).__name__}"
+        raise _check.error(
+            TypeError,
+            caller,
+            f"{field} must be a mapping whose keys are names",
+            got,
+            "Pass read_weights(path) or model.state_dict(), say, with names alone",
+        )
+    return weights
 
 
 class _RefusedError(ValueError):
@@ -242,6 +272,14 @@ def _words(fault: Exception) -> str:
 
 
 def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    if "__metadata__" in arrays:
+        raise _check.error(
+            ValueError,
+            "write_weights",
+            "in a .safetensors file the name __metadata__ is of no array",
+            "'__metadata__' in weights",
+            "Give it another name",
+        )
     header, position = {}, 0
     # Large items first, so that every array starts at a multiple of its item's size.
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -330,6 +368,12 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         name: of_tensor("read_weights", path, name, value)
         for name, value in found.items()
     }
+
+
+def array_of(caller: str, path: Any, name: str, a: Any) -> Any:
+    """A tensor of torch as an array; anything else as it is."""
+    tensor = hasattr(a, "untyped_storage")
+    return of_tensor(caller, path, name, a) if tensor else a
 
 
 def of_tensor(caller: str, path: Any, name: str, tensor: Any) -> np.ndarray:
@@ -622,13 +666,17 @@ def _write_h5(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     with h5py.File(path, "x") as file:
         for name, a in arrays.items():
             try:
+                if a.dtype.kind == "V" and a.dtype != ml_dtypes.bfloat16:
+                    raise TypeError("it has none for it")
+                if {"", "."} & set(name.split("/")) or "\0" in name:
+                    raise ValueError("HDF5 would change it")
                 dataset = file.create_dataset(name, data=a)
             except (TypeError, ValueError) as fault:
                 raise _check.error(
                     ValueError,
                     "write_weights",
-                    "an .h5 file takes arrays of dtypes that HDF5 has, and no name that"
-                    " goes on where another ends",
+                    "an .h5 file takes arrays of dtypes that HDF5 has, by names like"
+                    " 'a/b', of which none goes on where another ends",
                     f"{name!r} of dtype {a.dtype}: {_words(fault)}",
                     "Write a .safetensors file",
                 ) from fault
