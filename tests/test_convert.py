@@ -1150,11 +1150,12 @@ def test_presets_are_fields_of_both_modules(library, norm):
     assert set(fields) <= set(inspect.signature(getattr(nnx, norm).__init__).parameters)
 
 
-def test_a_preset_of_something_else_is_refused():
+@pytest.mark.parametrize("library", ["equinox", ["torch"]])
+def test_a_preset_of_something_else_is_refused(library):
     with pytest.raises(ValueError) as error:
-        tools.preset("jax", "BatchNorm")
+        tools.preset(library, "BatchNorm")
     assert str(error.value) == (
         "preset: library must be one of flax, torch, keras, haiku, and norm one of"
-        " BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm. Got library='jax',"
-        " norm='BatchNorm'. Pass library='torch', norm='BatchNorm', say."
+        " BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm. Got"
+        f" library={library!r}, norm='BatchNorm'. Pass library='torch', norm='BatchNorm', say."
     )

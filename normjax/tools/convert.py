@@ -558,9 +558,11 @@ def from_torch(
       back, unless variances were changed.
 
     Raises:
-      ValueError: if an array is left over on either side, shapes disagree, or
-        ``names``, ``layouts`` or ``values_per_statistic`` name what is not there.
-      TypeError: if integers would become floating, or complex ones real.
+      ValueError: if an array is left over on either side, shapes disagree, a number is
+        too large for its new dtype, or ``names``, ``layouts`` or
+        ``values_per_statistic`` name what is not there.
+      TypeError: if integers would become floating, or complex ones real; if weights are
+        not arrays by name.
 
     Example:
       >>> import jax, jax.numpy as jnp
