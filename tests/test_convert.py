@@ -575,15 +575,23 @@ def test_dtypes_are_those_of_the_variables_and_the_structure_is_theirs():
 
 
 @needs("torch")
-def test_tensors_that_are_no_arrays_are_refused():
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["meta", "nested"])
+def test_tensors_that_are_no_arrays_are_refused(kind):
     import torch
 
-    weights = without(**{"bn.bias": torch.ones(4, device="meta")})
+    make, got = {
+        "meta": (lambda: torch.ones(4, device="meta"), "on meta"),
+        "nested": (
+            lambda: torch.nested.nested_tensor([torch.ones(4)]),
+            "on cpu, nested",
+        ),
+    }[kind]
     with pytest.raises(ValueError) as error:
-        tools.from_torch(weights, LIKE)
+        tools.from_torch(without(**{"bn.bias": make()}), LIKE)
     assert str(error.value) == (
         "from_torch: tensors must be dense, on the CPU, and of a dtype that numpy has."
-        " Got weights: 'bn.bias' of torch.float32, torch.strided, on meta. Save"
+        f" Got weights: 'bn.bias' of torch.float32, torch.strided, {got}. Save"
         " tensor.cpu(), dense, in such a dtype."
     )
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _check
-from normjax.tools.files import array_of, check_names
+from normjax.tools.files import array_of, check_mapping
 
 Names = Mapping[str, str] | Callable[[str], str] | None
 
@@ -578,7 +578,7 @@ def from_torch(
     """
     places = _places("from_torch", _TORCH, variables, names, layouts)
     factors = _bessel("from_torch", places, values_per_statistic)
-    check_names("from_torch", "weights", weights)
+    check_mapping("from_torch", "weights", weights)
     counted = {p.theirs for p in places}
     uncounted = {
         key
@@ -631,7 +631,7 @@ def to_torch(
     places = _places("to_torch", _TORCH, variables, names, layouts)
     factors = _bessel("to_torch", places, values_per_statistic)
     if like is not None:
-        check_names("to_torch", "like", like)
+        check_mapping("to_torch", "like", like)
         counts = {p.theirs for p in places if p.leaf == "count"}
         counted = [k for k in like if k.endswith("num_batches_tracked")]
         like = {k: v for k, v in like.items() if k in counts or k not in counted}
@@ -735,7 +735,7 @@ def to_keras(
 
 
 def _keras_weights(name: str, field: str, weights: Any) -> dict[str, Any]:
-    check_names(name, field, weights)
+    check_mapping(name, field, weights)
     return {
         k: v
         for k, v in weights.items()
@@ -869,8 +869,8 @@ def _haiku_flat(weights: Any, places: list[_Place], name: str) -> dict[str, Any]
     """Params and state by module/leaf, without what follows from the rest."""
     _check_pair(name, weights, "(params, state)", "{}")
     for tree in weights:
-        for module, leaves in check_names(name, "params and state", tree).items():
-            check_names(name, f"params and state at {module!r}", leaves)
+        for module, leaves in check_mapping(name, "params and state", tree).items():
+            check_mapping(name, f"params and state at {module!r}", leaves)
     flat = {
         f"{module}/{leaf}": a
         for tree in weights

@@ -134,7 +134,7 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
             str(path),
             "PyTorch loads .safetensors, and Keras .weights.h5",
         )
-    check_names("write_weights", "weights", weights)
+    check_mapping("write_weights", "weights", weights)
     arrays = {
         name: np.asarray(array_of("write_weights", "weights", name, a))
         for name, a in weights.items()
@@ -167,7 +167,7 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def check_names(caller: str, field: str, weights: Any) -> Mapping[str, Any]:
+def check_mapping(caller: str, field: str, weights: Any) -> Mapping[str, Any]:
     """Refuses what is no mapping from names, in the name of the caller."""
     named = isinstance(weights, Mapping)
     odd = [key for key in weights if not isinstance(key, str)] if named else []
