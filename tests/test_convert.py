@@ -71,7 +71,11 @@ LAYERS = {
     "conv2": (nn.Conv(3, (3, 2), padding="VALID"), X2, None),
     "conv3": (nn.Conv(3, (3, 2, 1), padding="VALID"), X3, None),
     "grouped": (nn.Conv(6, (3, 2), padding="VALID", feature_group_count=2), X2, None),
-    "depthwise": (nn.Conv(8, (3, 2), padding="VALID", feature_group_count=4), X2, None),
+    "depthwise": (
+        nn.Conv(8, (3, 2), padding="VALID", feature_group_count=4),
+        X2,
+        {"": "depthwise"},
+    ),
     "transposed": (nn.ConvTranspose(3, (3, 2), **UP), X2, PLAIN),
     "square": (nn.ConvTranspose(4, (3, 2), **UP), X2, PLAIN),
     "transpose_kernel": (
@@ -571,15 +575,23 @@ def test_dtypes_are_those_of_the_variables_and_the_structure_is_theirs():
 
 
 @needs("torch")
-def test_tensors_that_are_no_arrays_are_refused():
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["meta", "nested"])
+def test_tensors_that_are_no_arrays_are_refused(kind):
     import torch
 
-    weights = without(**{"bn.bias": torch.ones(4, device="meta")})
+    make, got = {
+        "meta": (lambda: torch.ones(4, device="meta"), "on meta"),
+        "nested": (
+            lambda: torch.nested.nested_tensor([torch.ones(4)]),
+            "on cpu, nested",
+        ),
+    }[kind]
     with pytest.raises(ValueError) as error:
-        tools.from_torch(weights, LIKE)
+        tools.from_torch(without(**{"bn.bias": make()}), LIKE)
     assert str(error.value) == (
         "from_torch: tensors must be dense, on the CPU, and of a dtype that numpy has."
-        " Got weights: 'bn.bias' of torch.float32, torch.strided, on meta. Save"
+        f" Got weights: 'bn.bias' of torch.float32, torch.strided, {got}. Save"
         " tensor.cpu(), dense, in such a dtype."
     )
 
@@ -617,13 +629,14 @@ def test_models_of_nnx_convert(kind):
         def __init__(self):
             self.layers = nnx.List([nnx.Linear(5, 4, rngs=nnx.Rngs(0))])
             self.bn = normjax.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
 
-    model = Model()
-    state = nnx.state(model)
+    model, numbers = Model(), (nnx.Param, nnx.BatchStat)
+    state = nnx.state(model, numbers)
     like = {
         "state": state,
         "pure": nnx.to_pure_dict(state),
-        "shapes": nnx.eval_shape(lambda: nnx.state(Model())),
+        "shapes": nnx.eval_shape(lambda: nnx.state(Model(), numbers)),
     }[kind]
     weights = {k.replace("dense", "layers.0"): v for k, v in WEIGHTS.items()}
     ours = tools.from_torch(weights, like)
@@ -687,6 +700,23 @@ SHAPES = (
     "Take both sides from the same model, or say in layouts which kernels are those of"
     " other layers."
 )
+LAYOUTS = (
+    "layouts are 'conv', 'depthwise', 'conv_transpose', 'conv_transpose_kernel', of"
+    " modules with the kernel of a convolution"
+)
+LAYOUTS_ARE = (
+    "'depthwise' is of a kernel [*K, 1, C * M], 'conv_transpose' of a ConvTranspose,"
+    " 'conv_transpose_kernel' of one with transpose_kernel=True."
+)
+KIND = "Convert it first: quantized weights need their scale."
+RANGE = "numbers must be within the range of the dtype that they become"
+WIDER = "Take a wider dtype on the side that they go to."
+NO_ARRAY = (
+    "Pass the variables themselves, and leave out of them what is no array: with nnx,"
+    " pass nnx.state(model, (nnx.Param, nnx.BatchStat))."
+)
+MAPPING = "must be a mapping whose keys are names"
+STATE_DICT = "Pass read_weights(path) or model.state_dict(), say, with names alone."
 LIKE = norm_variables()[1]
 COUNTED = norm_variables(debias=True)[1]
 
@@ -695,6 +725,14 @@ def put(path, value):
     """LIKE with one array changed."""
     tree = flax.traverse_util.flatten_dict(COUNTED, sep="/")
     return flax.traverse_util.unflatten_dict(tree | {path: value}, sep="/")
+
+
+def conv(*shape):
+    return {"params": {"c": {"kernel": jnp.ones(shape)}}}
+
+
+def kernel(dtype):
+    return {"params": {"l": {"kernel": jnp.ones((2, 2), dtype)}}}
 
 
 def taken(f, *args, **fields):
@@ -737,10 +775,8 @@ BAD = {
     ),
     "layouts left over": (
         taken(tools.from_torch, WEIGHTS, LIKE, layouts={"dense": "conv"}),
-        "from_torch: layouts are 'conv', 'conv_transpose', 'conv_transpose_kernel', of"
-        " modules with the kernel of a convolution. Got {'dense': 'conv'}; such modules"
-        " are none. 'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of"
-        " one with transpose_kernel=True.",
+        f"from_torch: {LAYOUTS}. Got {{'dense': 'conv'}}; such modules are none."
+        f" {LAYOUTS_ARE}",
     ),
     "a layout": (
         taken(
@@ -748,15 +784,119 @@ BAD = {
             {"params": {"up": {"kernel": jnp.ones((3, 2, 2))}}},
             layouts={"up": "flipped"},
         ),
-        "to_torch: layouts are 'conv', 'conv_transpose', 'conv_transpose_kernel', of"
-        " modules with the kernel of a convolution. Got {'up': 'flipped'}; such modules"
-        " are 'up'. 'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of"
-        " one with transpose_kernel=True.",
+        f"to_torch: {LAYOUTS}. Got {{'up': 'flipped'}}; such modules are 'up'."
+        f" {LAYOUTS_ARE}",
+    ),
+    "a depthwise layout": (
+        taken(tools.to_keras, conv(3, 8, 1), layouts={"c": "depthwise"}),
+        f"to_keras: {LAYOUTS}. Got {{'c': 'depthwise'}}; such modules are 'c'."
+        f" {LAYOUTS_ARE}",
+    ),
+    "a convolution of Haiku turned": (
+        taken(tools.from_haiku, ({"c": {"w": np.ones((3, 8, 1))}}, {}), conv(3, 1, 8)),
+        "from_haiku: shapes must agree. Got params/c/kernel of shape (3, 1, 8), 'c/w' of"
+        f" shape (3, 8, 1). {SHAPES}",
+    ),
+    "a convolution of Keras turned": (
+        taken(tools.from_keras, {"layers/c/vars/0": np.ones((3, 8, 1))}, conv(3, 1, 8)),
+        "from_keras: shapes must agree. Got params/c/kernel of shape (3, 1, 8),"
+        f" 'layers/c/vars/0' of shape (3, 8, 1). {SHAPES}",
+    ),
+    "a convolution of Keras turned the other way": (
+        taken(
+            tools.to_keras,
+            conv(3, 8, 1),
+            like={"layers/depthwise_conv1d/vars/0": np.ones((3, 1, 8))},
+            names={"c": "layers/depthwise_conv1d"},
+        ),
+        "to_keras: shapes must agree. Got params/c/kernel of shape (3, 8, 1), which would"
+        " be (3, 8, 1), 'layers/depthwise_conv1d/vars/0' of shape (3, 1, 8)."
+        f" {SHAPES}",
+    ),
+    "an embedding turned": (
+        taken(
+            tools.from_haiku,
+            ({"e": {"embeddings": np.ones((1, 5))}}, {}),
+            {"params": {"e": {"embedding": jnp.ones((5, 1))}}},
+        ),
+        "from_haiku: shapes must agree. Got params/e/embedding of shape (5, 1),"
+        f" 'e/embeddings' of shape (1, 5). {SHAPES}",
+    ),
+    "integers to Haiku": (
+        taken(tools.to_haiku, kernel(jnp.int8), ({"l": {"w": jnp.ones((2, 2))}}, {})),
+        "to_haiku: dtypes must be of one kind. Got params/l/kernel of int8, 'l/w' of"
+        f" float32. {KIND}",
+    ),
+    "complex numbers to Equinox": (
+        taken(
+            tools.to_equinox,
+            kernel(jnp.complex64),
+            ({"l": {"weight": jnp.ones((2, 2))}}, None),
+        ),
+        "to_equinox: dtypes must be of one kind. Got params/l/kernel of complex64,"
+        f" 'l.weight' of float32. {KIND}",
+    ),
+    "too large to Haiku": (
+        taken(
+            tools.to_haiku,
+            jax.tree.map(lambda a: 1e6 * a, kernel(jnp.float32)),
+            ({"l": {"w": jnp.ones((2, 2), jnp.float16)}}, {}),
+        ),
+        f"to_haiku: {RANGE}. Got params/l/kernel of float32, 'l/w' of float16:"
+        f" 1000000.0. {WIDER}",
+    ),
+    "too large": (
+        taken(
+            tools.from_torch,
+            {"l.weight": np.array([[1, np.inf], [np.nan, -7e4]])},
+            kernel(jnp.float16),
+        ),
+        f"from_torch: {RANGE}. Got params/l/kernel of float16, 'l.weight' of float64:"
+        f" -70000.0. {WIDER}",
+    ),
+    "too large an integer": (
+        taken(
+            tools.from_torch,
+            {"l.weight": np.array([[1, 127], [-128, 128]])},
+            kernel(jnp.int8),
+        ),
+        f"from_torch: {RANGE}. Got params/l/kernel of int8, 'l.weight' of int64: 128."
+        f" {WIDER}",
     ),
     "no array": (
         taken(tools.to_torch, {"params": {"dense": {"kernel": "x"}}}),
-        "to_torch: variables must be arrays. Got params/dense/kernel, a str. Pass the"
-        " variables themselves, and leave out of them what is no array.",
+        "to_torch: variables must be arrays. Got params/dense/kernel, a str."
+        f" {NO_ARRAY}",
+    ),
+    "a key of random numbers": (
+        taken(tools.to_torch, {"rngs": {"key": jax.random.key(0)}}),
+        f"to_torch: variables must be arrays. Got rngs/key, a PRNGKeyArray. {NO_ARRAY}",
+    ),
+    "a path": (
+        taken(tools.from_torch, "a.pt", LIKE),
+        f"from_torch: weights {MAPPING}. Got a str. {STATE_DICT}",
+    ),
+    "a key that is no name": (
+        taken(tools.from_keras, {1: np.ones(2)}, LIKE),
+        f"from_keras: weights {MAPPING}. Got the key 1. {STATE_DICT}",
+    ),
+    "like of no names": (
+        taken(tools.to_torch, LIKE, like=[]),
+        f"to_torch: like {MAPPING}. Got a list. {STATE_DICT}",
+    ),
+    "params alone": (
+        taken(tools.from_haiku, {"l": {"w": np.ones((2, 2))}}, LIKE),
+        "from_haiku: the model on the other side is given as (params, state). Got a"
+        " dict. Pass (params, state), with {} for a state that it has not.",
+    ),
+    "flat params": (
+        taken(tools.to_haiku, LIKE, ({"l/w": np.ones((2, 2))}, {})),
+        f"to_haiku: params and state at 'l/w' {MAPPING}. Got a ndarray. {STATE_DICT}",
+    ),
+    "a module alone": (
+        taken(tools.from_equinox, {"l": {"weight": np.ones((2, 2))}}, LIKE),
+        "from_equinox: the model on the other side is given as (module, state). Got a"
+        " dict. Pass (module, state), with None for a state that it has not.",
     ),
     "64 bits": (
         taken(tools.from_torch, {"w": np.ones(1)}, {"params": {"w": np.ones(1)}}),
@@ -798,8 +938,7 @@ BAD = {
     "shapes for arrays": (
         taken(tools.to_torch, jax.eval_shape(lambda: LIKE)),
         "to_torch: variables must be arrays. Got batch_stats/bn/mean, a"
-        " ShapeDtypeStruct. Pass the variables themselves, and leave out of them what is"
-        " no array.",
+        f" ShapeDtypeStruct. {NO_ARRAY}",
     ),
     "one value": (
         taken(tools.from_torch, WEIGHTS, LIKE, values_per_statistic=1),
@@ -857,6 +996,31 @@ def test_what_does_not_fit_is_named_on_both_sides(fault):
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "count", [np.array(3.7), np.array(-5), np.array(True), np.array(2**24 + 1)]
+)
+def test_a_count_that_is_none_is_refused(count):
+    with pytest.raises(ValueError) as error:
+        tools.from_torch(without(**{"bn.num_batches_tracked": count}), COUNTED)
+    assert str(error.value) == (
+        "from_torch: a count of updates must be a whole number from 0 on, which its dtype"
+        f" can hold. Got {count} for batch_stats/bn/count of float32. Set it to the"
+        " nearest such number."
+    )
+
+
+def test_a_depthwise_kernel_of_keras_is_known_by_its_name_or_by_layouts():
+    ours = {"params": {"c": {"kernel": jnp.arange(24.0).reshape(3, 1, 8)}}}
+    path = "layers/depthwise_conv1d_2/vars/0"
+    like = {path: np.ones((3, 4, 2))}
+    weights = tools.to_keras(ours, names={"c": path[:-7]}, like=like)
+    assert (weights[path].reshape(3, 1, 8) == ours["params"]["c"]["kernel"]).all()
+    back = tools.from_keras(
+        {"layers/c/vars/0": weights[path]}, ours, layouts={"c": "depthwise"}
+    )
+    assert_same_bits(back, ours)
 
 
 @needs("equinox")
@@ -994,11 +1158,12 @@ def test_presets_are_fields_of_both_modules(library, norm):
     assert set(fields) <= set(inspect.signature(getattr(nnx, norm).__init__).parameters)
 
 
-def test_a_preset_of_something_else_is_refused():
+@pytest.mark.parametrize("library", ["equinox", ["torch"]])
+def test_a_preset_of_something_else_is_refused(library):
     with pytest.raises(ValueError) as error:
-        tools.preset("jax", "BatchNorm")
+        tools.preset(library, "BatchNorm")
     assert str(error.value) == (
         "preset: library must be one of flax, torch, keras, haiku, and norm one of"
-        " BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm. Got library='jax',"
-        " norm='BatchNorm'. Pass library='torch', norm='BatchNorm', say."
+        " BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm. Got"
+        f" library={library!r}, norm='BatchNorm'. Pass library='torch', norm='BatchNorm', say."
     )

@@ -1,7 +1,9 @@
 """Files of weights: what is written comes back, and no file is believed unseen."""
 
 import importlib.util
+import io
 import json
+import os
 import pickle
 import struct
 import sys
@@ -32,6 +34,9 @@ DTYPES = [
     "bool",
     "complex64",
 ]
+
+
+EXTENDED = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "uint8", "uint32", "uint64"]
 
 
 def arrays(dtypes):
@@ -85,14 +90,64 @@ def test_safetensors_are_those_of_the_package(tmp_path):
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "a.h5"
     tools.write_weights(path, {"a": np.ones(3)})
-    before = path.read_bytes()
-    with pytest.raises(ValueError) as error:
-        tools.write_weights(path, {"b": np.ones(3), "b/c": np.ones(3)})
-    assert str(error.value).startswith(
-        "write_weights: an .h5 file takes arrays of dtypes that HDF5 has, and no name"
-        " that goes on where another ends. Got 'b/c' of dtype float64: "
+    before, float8 = path.read_bytes(), np.ones(3, ml_dtypes.float8_e4m3fn)
+    for weights, got in [
+        ({"b": np.ones(3), "b/c": np.ones(3)}, "'b/c' of dtype float64: "),
+        (
+            {"b": float8},
+            "'b' of dtype float8_e4m3fn: TypeError: it has none for it. ",
+        ),
+        *(
+            (
+                {name: np.ones(3)},
+                f"{name!r} of dtype float64: ValueError: HDF5 would change it. ",
+            )
+            for name in ("", "a//b", "/a", "a/.", "a\0b")
+        ),
+    ]:
+        with pytest.raises(ValueError) as error:
+            tools.write_weights(path, weights)
+        assert str(error.value).startswith(
+            "write_weights: an .h5 file takes arrays of dtypes that HDF5 has, by names"
+            f" like 'a/b', of which none goes on where another ends. Got {got}"
+        )
+        assert str(error.value).endswith(" Write a .safetensors file.")
+        assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    real, link = (
+        tmp_path / "a" / "real.safetensors",
+        tmp_path / "b" / "link.safetensors",
     )
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    link.symlink_to(real)
+    tools.write_weights(link, {"w": np.ones(2)})
+    assert link.is_symlink() and [p.name for p in real.parent.iterdir()] == [
+        "real.safetensors"
+    ]
+    assert_same_bits(tools.read_weights(link), {"w": np.ones(2)})
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        tools.write_weights(tmp_path / "none" / "a.h5", {})
+    assert str(error.value) == (
+        f"write_weights: the folder of a file must be there. Got {tmp_path / 'none'},"
+        " which is not. Make it with os.makedirs."
+    )
+
+
+@needs_torch
+def test_tensors_are_written(tmp_path):
+    import torch
+
+    path = tmp_path / "a.safetensors"
+    half = torch.ones(2, dtype=torch.bfloat16)
+    tools.write_weights(path, {"a": half, "b": torch.nn.Parameter(torch.ones(2))})
+    want = {"a": np.ones(2, ml_dtypes.bfloat16), "b": np.ones(2, np.float32)}
+    assert_same_bits(tools.read_weights(path), want)
 
 
 @needs_torch
@@ -273,6 +328,16 @@ def virtual(file, tmp_path):
     file.create_virtual_dataset("layers/w", layout)
 
 
+def virtual_of_a_pipe(file, tmp_path):
+    """Of unlimited size: to say its shape, HDF5 would open its source, and hang."""
+    os.mkfifo(tmp_path / "pipe.h5")
+    everything = slice(0, h5py.h5s.UNLIMITED)
+    source = h5py.VirtualSource(str(tmp_path / "pipe.h5"), "w", (3,), maxshape=(None,))
+    layout = h5py.VirtualLayout((3,), "f4", maxshape=(None,))
+    layout[everything] = source[everything]
+    file.create_virtual_dataset("layers/w", layout)
+
+
 def unallocated(file, tmp_path):
     """Ten gigabytes, of which nothing is stored: all are the fill value."""
     file.create_dataset("layers/w", (2_500_000_000,), "f4")
@@ -313,6 +378,7 @@ H5 = {
     "hard link": (hard_link, ONCE, "'layers/x', of Dataset, which is in two", SAVE),
     "type": (put("layers/w", np.dtype("f4")), ONCE, "'layers/w', of Datatype", SAVE),
     "virtual": (virtual, PLAIN, "'layers/w', virtual", REPACK),
+    "virtual of a pipe": (virtual_of_a_pipe, PLAIN, "'layers/w', virtual", REPACK),
     "external": (
         create(shape=(3,), dtype="f4", external=[("passwd", 0, 12)]),
         PLAIN,
@@ -348,6 +414,9 @@ H5 = {
         "Leave it out of the file.",
     ),
 }
+
+
+KERAS_3 = "Save it with Keras 3: model.save('model.keras')."
 
 
 def keras_zip(path, inside, method=zipfile.ZIP_STORED):
@@ -447,7 +516,7 @@ def test_a_keras_file_without_weights_is_refused(tmp_path):
     assert str(error.value) == (
         "read_weights: a .keras file must hold model.weights.h5, whole. Got"
         f""" {path}: KeyError: "There is no item named 'model.weights.h5' in the"""
-        """ archive". Save it with Keras 3: model.save('model.keras')."""
+        f""" archive". {KERAS_3}"""
     )
 
 
@@ -484,6 +553,36 @@ def test_a_zip_that_would_unpack_to_more_is_refused(tmp_path):
     )
 
 
+UNREADABLE = "a .keras file must hold model.weights.h5, whole. Got {path}: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (
+            6,
+            64,
+            "a .keras file must be a zip, whole. Got {path}: {size} bytes, {fault}: zip"
+            f" file version 6.4. {AGAIN[:-1]}; a .pt of torch before 1.6 must be saved"
+            " once more.",
+        ),
+        (8, 32, f"{UNREADABLE}: compressed patched data (flag bit 5). {KERAS_3}"),
+        (8, 64, f"{UNREADABLE}: strong encryption (flag bit 6). {KERAS_3}"),
+    ],
+    ids=["version", "patched", "encrypted"],
+)
+def test_a_zip_that_python_cannot_read_is_refused(place, value, message, tmp_path):
+    path = tmp_path / "a.keras"
+    keras_zip(path, b"\0" * 1000)
+    data = path.read_bytes()
+    place += data.index(b"PK\x01\x02")
+    path.write_bytes(edited(data, place, bytes([value])))
+    with pytest.raises(ValueError) as error:
+        tools.read_weights(path)
+    facts = {"path": path, "size": len(data), "fault": "NotImplementedError"}
+    assert str(error.value) == f"read_weights: {message.format(**facts)}"
+
+
 class Runs:
     """What a pickle does that runs code."""
 
@@ -502,6 +601,13 @@ def hostile_pt(path, marker):
         archive.writestr("a/byteorder", "little")
 
 
+PICKLED = (
+    "read_weights: the pickle in a .pt file must have at most 10000000 bytes, and name"
+    " what a state dict of dense tensors is made of, and nothing else"
+)
+ALONE = "Save model.state_dict() alone."
+
+
 @needs_torch
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     import torch
@@ -510,12 +616,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     hostile_pt(path, marker)
     with pytest.raises(ValueError) as error:
         tools.read_weights(path)
-    message = str(error.value)
-    assert message.startswith(
-        "read_weights: torch.load(weights_only=True) must be able to read a .pt file:"
-        f" tensors, and no code. Got {path}: UnpicklingError: "
-    )
-    assert message.endswith(". Save model.state_dict() alone.")
+    assert str(error.value) == f"{PICKLED}. Got {path}: io.open. {ALONE}"
     assert not marker.exists()
     torch.load(path, weights_only=False)["w"].close()  # what it would have done
     assert marker.exists()
@@ -566,6 +667,111 @@ def test_the_line_to_type_converts(tmp_path, monkeypatch):
     )
 
 
+def pt_with(path, text):
+    """A .pt of torch with another pickle in it."""
+    import torch
+
+    whole = io.BytesIO()
+    torch.save({"w": torch.ones(4)}, whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.namelist():
+            pickled = member.endswith("data.pkl")
+            new.writestr(member, text if pickled else old.read(member))
+
+
+HUGE = b"J" + (500_000_000).to_bytes(4, "little") + b"\x85R"
+# A storage that is in no file, as an attribute of a dictionary, and a tensor of it.
+FROM_NOWHERE = (
+    b"ccollections\nOrderedDict\n)R}(X\x05\0\0\0dtypectorch\nfloat32\n"
+    b"X\x10\0\0\0_untyped_storagectorch.storage\nUntypedStorage\n"
+    + HUGE
+    + b"ubK\0K\x01\x85K\x01\x85\x89N"
+)
+HOSTILE = {
+    "bytearray": (
+        b"cbuiltins\nbytearray\n" + HUGE,
+        f"{PICKLED}. Got {{path}}: builtins.bytearray. {ALONE}",
+    ),
+    "storage": (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + FROM_NOWHERE + b"tR",
+        "read_weights: tensors must not hold more than the file. Got {path}: 500000000"
+        f" bytes of tensors, {{size}} there. {AGAIN}",
+    ),
+    "cut off": (
+        b"",
+        f"{PICKLED}. Got {{path}}: pickle exhausted before seeing STOP. {ALONE}",
+    ),
+    "large": (b"N" * 10_000_000, f"{PICKLED}. Got {{path}}: 10000011 bytes. {ALONE}"),
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_pickle_that_would_take_memory_is_refused(fault, tmp_path):
+    path, (value, message) = tmp_path / "a.pt", HOSTILE[fault]
+    end = b"" if fault == "cut off" else b"s."
+    pt_with(path, b"\x80\x02}X\x01\0\0\0w" + value + end)
+    with pytest.raises(ValueError) as error:
+        tools.read_weights(path)
+    assert str(error.value) == message.format(path=path, size=path.stat().st_size)
+
+
+def zip_of(*names, comment=b"", before=b""):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.comment = comment
+        for name in names:
+            archive.writestr(name, b"")
+    return before + file.getvalue()
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("data", "got"),
+    [
+        (zip_of("a/data.pkl", "a/DATA.PKL"), "2 of them among 2 members"),
+        (zip_of("a/version"), "0 of them among 1 members"),
+        (
+            zip_of("a/data.pkl", before=pickle.dumps(0)),
+            "1 of them among 1 members, and other bytes around the zip",
+        ),
+        (
+            zip_of("a/data.pkl", before=zip_of("b/data.pkl")),
+            "1 of them among 1 members, and other bytes around the zip",
+        ),
+        (
+            zip_of("a/data.pkl", comment=b"PK"),
+            "1 of them among 1 members, and other bytes around the zip",
+        ),
+    ],
+    ids=["two", "none", "legacy before", "zip before", "comment"],
+)
+def test_a_pt_that_others_read_as_another_is_refused(data, got, tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        tools.read_weights(path)
+    assert str(error.value) == (
+        "read_weights: a .pt file must be one zip from its first byte to its last, with"
+        f" one data.pkl. Got {path}: {got}. {ALONE}"
+    )
+
+
+@needs_torch
+def test_every_dtype_of_both_is_read_from_a_pt(tmp_path):
+    """And so is what torch keeps as a bit beside the numbers."""
+    import torch
+
+    path = tmp_path / "a.pt"
+    want = {str(d): np.ones(2, d) for d in (*DTYPES, *EXTENDED)}
+    state = {k: torch.ones(2).to(getattr(torch, k)) for k in want}
+    state["conj"] = torch.tensor([1 + 2j]).conj()
+    state["neg"] = torch.tensor([1 + 2j]).conj().imag
+    torch.save(state, path)
+    want |= {"conj": np.array([1 - 2j], np.complex64), "neg": np.float32([-2])}
+    assert_same_bits(tools.read_weights(path), want)
+
+
 PT = {
     "expanded": (
         lambda torch: {"w": torch.zeros(1).expand(2_500_000_000)},
@@ -575,8 +781,14 @@ PT = {
     ),
     "sparse": (
         lambda torch: {"w": torch.ones(2, 2).to_sparse()},
+        PICKLED.removeprefix("read_weights: "),
+        "torch._utils._rebuild_sparse_tensor",
+        ALONE,
+    ),
+    "dtype": (
+        lambda torch: {"w": torch.ones(2, dtype=torch.complex128)},
         "tensors must be dense, on the CPU, and of a dtype that numpy has",
-        "'w' of torch.float32, torch.sparse_coo, on cpu",
+        "'w' of torch.complex128, torch.strided, on cpu",
         "Save tensor.cpu(), dense, in such a dtype.",
     ),
     "nested": (
@@ -677,6 +889,20 @@ def test_files_of_other_names_are_refused(tmp_path):
         " float32, uint64, int64, float64, complex64. Got 'a' of dtype <U1. Leave it out,"
         " or cast it."
     )
+    with pytest.raises(ValueError) as error:
+        tools.write_weights(tmp_path / "a.safetensors", {"__metadata__": np.ones(1)})
+    assert str(error.value) == (
+        "write_weights: in a .safetensors file the name __metadata__ is of no array. Got"
+        " '__metadata__' in weights. Give it another name."
+    )
+    for weights, got in [([np.ones(1)], "a list"), ({3: np.ones(1)}, "the key 3")]:
+        with pytest.raises(TypeError) as error:
+            tools.write_weights(tmp_path / "a.safetensors", weights)
+        assert str(error.value) == (
+            "write_weights: weights must be a mapping whose keys are names. Got"
+            f" {got}. Pass read_weights(path) or model.state_dict(), say, with names"
+            " alone."
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,6 +7,7 @@ What a library has of its own, its names, the order of its axes, is a row of the
 
 import functools
 import math
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _check
-from normjax.tools.files import of_tensor
+from normjax.tools.files import array_of, check_mapping
 
 Names = Mapping[str, str] | Callable[[str], str] | None
 
@@ -26,6 +27,7 @@ Names = Mapping[str, str] | Callable[[str], str] | None
 _DENSE = "io"
 _FLAX = {
     "conv": "kio",
+    "depthwise": "kio",
     "conv_transpose": "kio",
     "conv_transpose_kernel": "koi~",  # of transpose_kernel=True
 }
@@ -42,6 +44,8 @@ class _Library(NamedTuple):
       conv: axes of a kernel.
       transposed: axes of the kernel of a transposed convolution.
       ones: whether vectors may have axes of size 1 besides.
+      depthwise: whether the kernel of a depthwise convolution, [*K, 1, C * M] in Flax,
+        is [*K, C, M].
     """
 
     separator: str
@@ -51,6 +55,7 @@ class _Library(NamedTuple):
     conv: str
     transposed: str
     ones: bool = False
+    depthwise: bool = False
 
 
 def _torch_leaf(leaf: str, leaves: set[str]) -> str:
@@ -89,7 +94,7 @@ def _equinox_leaf(leaf: str, leaves: set[str]) -> str:
 
 
 _TORCH = _Library(".", "", _torch_leaf, "oi", "oik", "iok~")
-_KERAS = _Library("/", "layers/", _keras_leaf, "io", "kio", "koi~")
+_KERAS = _Library("/", "layers/", _keras_leaf, "io", "kio", "koi~", depthwise=True)
 _HAIKU = _Library("/", "", _haiku_leaf, "io", "kio", "koi", ones=True)
 _EQUINOX = _Library(".", "", _equinox_leaf, "oi", "oik", "oik", ones=True)
 
@@ -105,7 +110,7 @@ class _Place(NamedTuple):
       axes: those of a kernel, in Flax and on the other side; None: as they are.
       shape: in Flax.
       dtype: in Flax.
-      ones: whether theirs may have axes of size 1 besides.
+      alike: whether an array of one shape may be had in another, of two shapes.
     """
 
     path: str
@@ -115,7 +120,7 @@ class _Place(NamedTuple):
     axes: tuple[str, str] | None
     shape: tuple[int, ...]
     dtype: Any
-    ones: bool
+    alike: Callable[[tuple, tuple], bool]
 
 
 def _places(
@@ -125,7 +130,8 @@ def _places(
     found = jax.tree_util.tree_leaves_with_path(variables)
     parts = [_parts(path) for path, _ in found]
     for p, (_, a) in zip(parts, found, strict=True):
-        if not hasattr(a, "shape") or not hasattr(a, "dtype"):
+        numbers = hasattr(a, "shape") and isinstance(getattr(a, "dtype", 0), np.dtype)
+        if not numbers:  # a key of random numbers has a dtype of JAX's own
             raise _no_array(name, "/".join(p), a)
     collections = isinstance(variables, Mapping) and (
         "params" in variables or "batch_stats" in variables
@@ -135,20 +141,23 @@ def _places(
     for p in inner:
         leaves.setdefault("/".join(p[:-1]), set()).add(p[-1])
     kernels = {
-        "/".join(p[:-1]): len(a.shape)
+        "/".join(p[:-1]): tuple(a.shape)
         for p, (_, a) in zip(inner, found, strict=True)
         if p[-1] == "kernel" and len(a.shape) > 1
     }
     layouts = dict(layouts or {})
     _check_names_of(name, names, leaves)
-    _check_layouts(name, layouts, {m for m, ndim in kernels.items() if ndim > 2})
+    _check_layouts(name, layouts, {m: s for m, s in kernels.items() if len(s) > 2})
     places: dict[Any, _Place] = {}
     for p, q, (_, a) in zip(parts, inner, found, strict=True):
         module, leaf = "/".join(q[:-1]), q[-1]
         theirs = _their_name(library, module, leaf, leaves[module], names)
-        axes = None
+        axes, alike = None, _one_vector if library.ones else operator.eq
         if leaf == "kernel" and module in kernels:
-            axes = _axes_of(library, layouts.get(module), module, kernels[module])
+            layout = layouts.get(module) or _layout_by_names(module, theirs, a.shape)
+            axes = _axes_of(library, layout, len(a.shape))
+            split = library.depthwise and layout == "depthwise"
+            alike = _one_depthwise if split else operator.eq
         path = "/".join(p)
         if theirs in places:
             raise _check.error(
@@ -159,7 +168,7 @@ def _places(
                 "Give them different names",
             )
         places[path if theirs is None else theirs] = _Place(
-            path, module, leaf, theirs, axes, tuple(a.shape), a.dtype, library.ones
+            path, module, leaf, theirs, axes, tuple(a.shape), a.dtype, alike
         )
     return list(places.values())
 
@@ -170,7 +179,8 @@ def _no_array(name: str, path: str, value: Any) -> Exception:
         name,
         "variables must be arrays",
         f"{path}, a {type(value).__name__}",
-        "Pass the variables themselves, and leave out of them what is no array",
+        "Pass the variables themselves, and leave out of them what is no array: with"
+        " nnx, pass nnx.state(model, (nnx.Param, nnx.BatchStat))",
     )
 
 
@@ -200,12 +210,16 @@ def _check_names_of(name: str, names: Names, leaves: dict[str, set[str]]) -> Non
         )
 
 
-def _check_layouts(name: str, layouts: dict[str, str], convolutions: set[str]) -> None:
+def _check_layouts(
+    name: str, layouts: dict[str, str], convolutions: dict[str, tuple[int, ...]]
+) -> None:
     """Refuses layouts of what is no convolution, and others than there are."""
     wrong = {
         m: layout
         for m, layout in layouts.items()
-        if m not in convolutions or layout not in _FLAX
+        if m not in convolutions
+        or layout not in _FLAX
+        or (layout == "depthwise" and convolutions[m][-2] != 1)
     }
     if wrong:
         raise _check.error(
@@ -214,8 +228,8 @@ def _check_layouts(name: str, layouts: dict[str, str], convolutions: set[str]) -
             f"layouts are {', '.join(map(repr, _FLAX))}, of modules with the kernel of"
             " a convolution",
             f"{wrong}; such modules are {_some(sorted(convolutions)) or 'none'}",
-            "'conv_transpose' is of a ConvTranspose, 'conv_transpose_kernel' of one"
-            " with transpose_kernel=True",
+            "'depthwise' is of a kernel [*K, 1, C * M], 'conv_transpose' of a"
+            " ConvTranspose, 'conv_transpose_kernel' of one with transpose_kernel=True",
         )
 
 
@@ -248,16 +262,22 @@ def _their_name(
     return library.separator.join(part for part in (prefix, *rest, last) if part)
 
 
-def _axes_of(
-    library: _Library, layout: str | None, module: str, ndim: int
-) -> tuple[str, str]:
+def _layout_by_names(module: str, theirs: str | None, shape: tuple[int, ...]) -> str:
+    """What the names on both sides say a kernel is of."""
+    if "ConvTranspose" in module.split("/")[-1]:
+        return "conv_transpose"
+    # layers/depthwise_conv2d_1/vars/0: Keras's files name layers by their class.
+    of = (theirs or "").removesuffix("/vars/0").split("/")[-1]
+    split = "depthwise" in of and len(shape) > 2 and shape[-2] == 1
+    return "depthwise" if split else "conv"
+
+
+def _axes_of(library: _Library, layout: str, ndim: int) -> tuple[str, str]:
     """The axes of a kernel, in Flax and on the other side."""
     if ndim == 2:
         return _DENSE, library.dense
-    if layout is None:
-        transposed = "ConvTranspose" in module.split("/")[-1]
-        layout = "conv_transpose" if transposed else "conv"
-    return _FLAX[layout], library.conv if layout == "conv" else library.transposed
+    transposed = layout.startswith("conv_transpose")
+    return _FLAX[layout], library.transposed if transposed else library.conv
 
 
 def _rearranged(a: np.ndarray, source: str, target: str) -> np.ndarray:
@@ -275,27 +295,17 @@ def _rearranged(a: np.ndarray, source: str, target: str) -> np.ndarray:
     return a
 
 
-def _fitted(a: np.ndarray, shape: tuple[int, ...], place: _Place) -> np.ndarray | None:
-    """An array of one side in the shape that is wanted there; None if it has another.
+def _one_vector(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether both are of a vector, one of them with axes of size 1 beside it."""
+    return 1 in (len(a), len(b)) and [n for n in a if n != 1] == [
+        n for n in b if n != 1
+    ]
 
-    Two things have one meaning in two shapes: a vector with axes of size 1 beside it,
-    and the kernel of a depthwise convolution, [..., C, M] in Keras and [..., 1, C * M]
-    else.
-    """
-    if a.shape == shape:
-        return a
 
-    def without_ones(s):
-        return [n for n in s if n != 1]
-
-    vector = place.axes is None and place.ones
-    if vector and without_ones(a.shape) == without_ones(shape):
-        return a.reshape(shape)
-    if place.axes == ("kio", "kio") and len(a.shape) == len(shape) > 2:
-        depthwise = 1 in (a.shape[-2], shape[-2]) and a.shape[:-2] == shape[:-2]
-        if depthwise and math.prod(a.shape[-2:]) == math.prod(shape[-2:]):
-            return a.reshape(shape)
-    return None
+def _one_depthwise(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether one is [*K, 1, C * M] and the other [*K, C, M]."""
+    same_space = len(a) == len(b) and a[:-2] == b[:-2]
+    return same_space and math.prod(a[-2:]) == math.prod(b[-2:])
 
 
 def _their_shape(place: _Place) -> tuple[int, ...]:
@@ -350,44 +360,32 @@ def _filled(
     for place in places:
         a = count
         if place.theirs is not None:
-            a = _array(name, place.theirs, weights[place.theirs])
+            a = array_of(name, "weights", place.theirs, weights[place.theirs])
         a = np.asarray(a)
         wanted = () if place.leaf == "count" else _their_shape(place)
-        fitted = _fitted(a, wanted, place)
-        if fitted is None:
+        if a.shape != wanted and not place.alike(a.shape, wanted):
             faults.append(
                 f"{place.path} of shape {place.shape}, {place.theirs!r} of shape"
                 f" {a.shape}" + (f" for {wanted}" * (wanted != place.shape))
             )
             continue
-        arrays.append(_as_ours(name, place, fitted, (factors or {}).get(place.path)))
+        a = a.reshape(wanted)
+        arrays.append(_as_ours(name, place, a, (factors or {}).get(place.path)))
     _check_shapes(name, faults)
     return jax.tree.unflatten(jax.tree.structure(variables), arrays)
 
 
-def _array(name: str, theirs: str, a: Any) -> Any:
-    """A tensor of torch as an array; anything else as it is."""
-    tensor = hasattr(a, "untyped_storage")
-    return of_tensor(name, "weights", theirs, a) if tensor else a
-
-
 def _as_ours(name: str, place: _Place, a: np.ndarray, factor: Any) -> jax.Array:
+    got = f"{place.path} of {place.dtype}, {place.theirs!r} of {a.dtype}"
     if place.leaf == "count":
-        a = np.broadcast_to(a, place.shape)
-    elif _kind(a.dtype) != _kind(place.dtype):
-        raise _check.error(
-            TypeError,
-            name,
-            "dtypes must be of one kind",
-            f"{place.path} of {place.dtype}, {place.theirs!r} of {a.dtype}",
-            "Convert it first: quantized weights need their scale",
-        )
-    elif place.axes is not None:
-        a = _rearranged(a, *reversed(place.axes))
-    if factor is not None:
-        a = a.astype(np.float64) * factor
+        _check_updates(name, place, a)
+        a = np.broadcast_to(a.astype(place.dtype), place.shape)
+    else:
+        if place.axes is not None:
+            a = _rearranged(a, *reversed(place.axes))
+        a = _cast(name, got, a, place.dtype, factor)
     # A copy: memory that another library may write to is not a JAX array's.
-    result = jnp.array(a.astype(place.dtype), copy=True)
+    result = jnp.array(a, copy=True)
     if result.dtype != place.dtype:
         raise _check.error(
             TypeError,
@@ -397,6 +395,51 @@ def _as_ours(name: str, place: _Place, a: np.ndarray, factor: Any) -> jax.Array:
             "Set jax.config.update('jax_enable_x64', True), or pass narrower variables",
         )
     return result
+
+
+def _check_updates(name: str, place: _Place, count: np.ndarray) -> None:
+    """Refuses a count of updates that is none, and one that would become another."""
+    number = count.dtype.kind in "iuf" and count >= 0
+    if not number or count.astype(place.dtype).astype(np.float64) != count:
+        raise _check.error(
+            ValueError,
+            name,
+            "a count of updates must be a whole number from 0 on, which its dtype can"
+            " hold",
+            f"{count} for {place.path} of {place.dtype}",
+            "Set it to the nearest such number",
+        )
+
+
+def _cast(name: str, got: str, a: np.ndarray, dtype: Any, factor: Any = None) -> Any:
+    """An array, times the factor, in a dtype of its kind that has room for it."""
+    if _kind(a.dtype) != _kind(dtype):
+        raise _check.error(
+            TypeError,
+            name,
+            "dtypes must be of one kind",
+            got,
+            "Convert it first: quantized weights need their scale",
+        )
+    if factor is not None:
+        a = a.astype(np.float64) * factor
+    if a.dtype == dtype:
+        return a
+    with np.errstate(all="ignore"):
+        cast = a.astype(dtype)
+        if jnp.issubdtype(dtype, jnp.integer):
+            same = (cast.astype(a.dtype) == a) & ((cast < 0) == (a < 0))
+        else:
+            same = np.isfinite(cast) == np.isfinite(a)
+    if not same.all():
+        raise _check.error(
+            ValueError,
+            name,
+            "numbers must be within the range of the dtype that they become",
+            f"{got}: {a[~same][0]}",
+            "Take a wider dtype on the side that they go to",
+        )
+    return cast
 
 
 def _kind(dtype: Any) -> Any:
@@ -422,14 +465,17 @@ def _taken(
         a = _as_theirs(name, place, value, (factors or {}).get(place.path))
         if like is not None:
             shape = tuple(np.shape(like[place.theirs]))
-            fitted = _fitted(a, shape, place)
-            if fitted is None:
+            if a.shape != shape and not place.alike(a.shape, shape):
                 faults.append(
                     f"{place.path} of shape {place.shape}, which would be {a.shape},"
                     f" {place.theirs!r} of shape {shape}"
                 )
                 continue
-            a = fitted
+            a = a.reshape(shape)
+            dtype = getattr(like[place.theirs], "dtype", None)
+            if isinstance(dtype, np.dtype) and place.leaf != "count":
+                got = f"{place.path} of {a.dtype}, {place.theirs!r} of {dtype}"
+                _cast(name, got, a, dtype)
         found[place.theirs] = np.array(a, order="C", copy=True)
     _check_shapes(name, faults)
     return found
@@ -500,9 +546,9 @@ def from_torch(
         and what follows it keeps its name. A path of one array names that array. None:
         the same path, with dots.
       layouts: what the kernels of convolutions are of, by module: "conv",
-        "conv_transpose", or "conv_transpose_kernel" for Flax's
+        "depthwise", "conv_transpose", or "conv_transpose_kernel" for Flax's
         ``transpose_kernel=True``. Of those not named, ``ConvTranspose`` in the name
-        decides.
+        decides, and ``depthwise`` in that of Keras.
       values_per_statistic: how many values each batch variance was of, ``N * H * W``:
         one number, or one by module. The running variance times ``(n - 1) / n`` is the
         biased one. None: it is taken as it is.
@@ -512,9 +558,11 @@ def from_torch(
       back, unless variances were changed.
 
     Raises:
-      ValueError: if an array is left over on either side, shapes disagree, or
-        ``names``, ``layouts`` or ``values_per_statistic`` name what is not there.
-      TypeError: if integers would become floating, or complex ones real.
+      ValueError: if an array is left over on either side, shapes disagree, a number is
+        too large for its new dtype, or ``names``, ``layouts`` or
+        ``values_per_statistic`` name what is not there.
+      TypeError: if integers would become floating, or complex ones real; if weights are
+        not arrays by name.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -530,6 +578,7 @@ def from_torch(
     """
     places = _places("from_torch", _TORCH, variables, names, layouts)
     factors = _bessel("from_torch", places, values_per_statistic)
+    check_mapping("from_torch", "weights", weights)
     counted = {p.theirs for p in places}
     uncounted = {
         key
@@ -582,6 +631,7 @@ def to_torch(
     places = _places("to_torch", _TORCH, variables, names, layouts)
     factors = _bessel("to_torch", places, values_per_statistic)
     if like is not None:
+        check_mapping("to_torch", "like", like)
         counts = {p.theirs for p in places if p.leaf == "count"}
         counted = [k for k in like if k.endswith("num_batches_tracked")]
         like = {k: v for k, v in like.items() if k in counts or k not in counted}
@@ -638,7 +688,11 @@ def from_keras(
     places = _places("from_keras", _KERAS, variables, names, layouts)
     _check_count("from_keras", places, count)
     return _filled(
-        "from_keras", places, _keras_weights(weights), variables, count=count
+        "from_keras",
+        places,
+        _keras_weights("from_keras", "weights", weights),
+        variables,
+        count=count,
     )
 
 
@@ -660,7 +714,7 @@ def to_keras(
       names: as in `from_keras`.
       layouts: as in `from_torch`.
       like: weights whose names and shapes the result must have, those of the Keras
-        model; it says what is a DepthwiseConv. None: any.
+        model; of a DepthwiseConv it says the shape. None: any.
 
     Returns:
       Arrays by path in the file, in the dtypes of the variables.
@@ -676,11 +730,12 @@ def to_keras(
       dict_keys(['layers/dense/vars/0'])
     """
     places = _places("to_keras", _KERAS, variables, names, layouts)
-    like = None if like is None else _keras_weights(like)
+    like = None if like is None else _keras_weights("to_keras", "like", like)
     return _taken("to_keras", places, variables, like)
 
 
-def _keras_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+def _keras_weights(name: str, field: str, weights: Any) -> dict[str, Any]:
+    check_mapping(name, field, weights)
     return {
         k: v
         for k, v in weights.items()
@@ -812,6 +867,10 @@ def to_haiku(
 
 def _haiku_flat(weights: Any, places: list[_Place], name: str) -> dict[str, Any]:
     """Params and state by module/leaf, without what follows from the rest."""
+    _check_pair(name, weights, "(params, state)", "{}")
+    for tree in weights:
+        for module, leaves in check_mapping(name, "params and state", tree).items():
+            check_mapping(name, f"params and state at {module!r}", leaves)
     flat = {
         f"{module}/{leaf}": a
         for tree in weights
@@ -838,6 +897,17 @@ def _haiku_flat(weights: Any, places: list[_Place], name: str) -> dict[str, Any]
                 "Pass the state of one model",
             )
     return kept
+
+
+def _check_pair(name: str, pair: Any, two: str, empty: str) -> None:
+    if type(pair) not in (tuple, list) or len(pair) != 2:
+        raise _check.error(
+            TypeError,
+            name,
+            f"the model on the other side is given as {two}",
+            f"a {type(pair).__name__}",
+            f"Pass {two}, with {empty} for a state that it has not",
+        )
 
 
 def _check_momentum(name: str, norms: Any, momentum: float | None) -> None:
@@ -898,6 +968,7 @@ def from_equinox(
       Array(0., dtype=float32)
     """
     places = _places("from_equinox", _EQUINOX, variables, names, layouts)
+    _check_pair("from_equinox", weights, "(module, state)", "None")
     flat, _ = _equinox_flat("from_equinox", *weights, places)
     unknown = {p.theirs for p in places if p.leaf == "count"} - flat.keys()
     places = [p._replace(theirs=None) if p.theirs in unknown else p for p in places]
@@ -940,6 +1011,7 @@ def to_equinox(
       Array(6., dtype=float32)
     """
     places = _places("to_equinox", _EQUINOX, variables, names, layouts)
+    _check_pair("to_equinox", like, "(module, state)", "None")
     there, norms = _equinox_flat("to_equinox", *like, places)
     uncounted = {p.theirs for p in places if p.leaf == "count"} - there.keys()
     places = [p._replace(theirs=None) if p.theirs in uncounted else p for p in places]

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import pathlib
+import pickletools
+import re
 import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -102,13 +104,14 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
     ``.weights.h5`` with ``model.load_weights``.
 
     Args:
-      path: of the file, which is replaced if it is there. Its name ends in
-        ``.safetensors`` or ``.h5``.
-      weights: arrays by name.
+      path: of the file, which is replaced if it is there; of a link, what it leads to.
+        Its name ends in ``.safetensors`` or ``.h5``.
+      weights: arrays by name, or tensors on the CPU.
 
     Raises:
-      ValueError: if the name ends in something else, or an array has a dtype that such
-        a file has no name for.
+      ValueError: if the name ends in something else, or an array has a dtype or a name
+        that such a file has not.
+      FileNotFoundError: if the folder is not there.
       ImportError: if h5py is missing for ``.h5``.
 
     Example:
@@ -131,9 +134,13 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
             str(path),
             "PyTorch loads .safetensors, and Keras .weights.h5",
         )
-    arrays = {name: np.asarray(a) for name, a in weights.items()}
+    check_mapping("write_weights", "weights", weights)
+    arrays = {
+        name: np.asarray(array_of("write_weights", "weights", name, a))
+        for name, a in weights.items()
+    }
     for name, a in arrays.items():
-        if a.dtype.newbyteorder("=") not in _NAMES or not isinstance(name, str):
+        if a.dtype.newbyteorder("=") not in _NAMES:
             raise _check.error(
                 ValueError,
                 "write_weights",
@@ -142,13 +149,38 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
                 f"{name!r} of dtype {a.dtype}",
                 "Leave it out, or cast it",
             )
+    real = pathlib.Path(os.path.realpath(path))
+    if not real.parent.is_dir():
+        raise _check.error(
+            FileNotFoundError,
+            "write_weights",
+            "the folder of a file must be there",
+            f"{real.parent}, which is not",
+            "Make it with os.makedirs",
+        )
     # Beside the file, so that it is renamed into place in one step.
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    unfinished = real.with_name(f".{real.name}.{secrets.token_hex(4)}.tmp")
     try:
         writers[path.suffix](unfinished, arrays)
-        os.replace(unfinished, path)
+        os.replace(unfinished, real)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_mapping(caller: str, field: str, weights: Any) -> Mapping[str, Any]:
+    """Refuses what is no mapping from names, in the name of the caller."""
+    named = isinstance(weights, Mapping)
+    odd = [key for key in weights if not isinstance(key, str)] if named else []
+    if not named or odd:
+        got = f"the key {odd[0]!r}" if odd else f"a {type(weights).__name__}"
+        raise _check.error(
+            TypeError,
+            caller,
+            f"{field} must be a mapping whose keys are names",
+            got,
+            "Pass read_weights(path) or model.state_dict(), say, with names alone",
+        )
+    return weights
 
 
 class _RefusedError(ValueError):
@@ -240,6 +272,14 @@ def _words(fault: Exception) -> str:
 
 
 def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    if "__metadata__" in arrays:
+        raise _check.error(
+            ValueError,
+            "write_weights",
+            "in a .safetensors file the name __metadata__ is of no array",
+            "'__metadata__' in weights",
+            "Give it another name",
+        )
     header, position = {}, 0
     # Large items first, so that every array starts at a multiple of its item's size.
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -270,6 +310,13 @@ def _to_disk(file: Any) -> None:
 
 # .pt: a zip of a pickle and of the bytes of the tensors, for torch alone.
 
+_PICKLE_LIMIT = 10_000_000  # bytes; a tensor takes about 200
+# What the pickle of a state dict names. torch allows more, bytearray(10**10) among it.
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)"
+    r"|torch \w+Storage|torch\.storage UntypedStorage|torch (\w*int|b?float|complex)\w+"
+)
+
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
@@ -287,8 +334,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f" torch.load({str(path)!r}, weights_only=True).items()}}, {str(there)!r})"
             '"',
         ) from None
-    with _opened_zip(path):
-        pass
+    _check_pickle(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # whatever a hostile pickle makes it raise
@@ -310,10 +356,24 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
                 "Save model.state_dict() alone, or pass the inner dictionary, once"
                 " torch.load(weights_only=True) has read it, to from_torch",
             )
+    storages = [value.untyped_storage() for value in found.values()]
+    held = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    if held > (size := path.stat().st_size):
+        raise _refused(
+            path,
+            "tensors must not hold more than the file",
+            f"{held} bytes of tensors, {size} there",
+        )
     return {
         name: of_tensor("read_weights", path, name, value)
         for name, value in found.items()
     }
+
+
+def array_of(caller: str, path: Any, name: str, a: Any) -> Any:
+    """A tensor of torch as an array; anything else as it is."""
+    tensor = hasattr(a, "untyped_storage")
+    return of_tensor(caller, path, name, a) if tensor else a
 
 
 def of_tensor(caller: str, path: Any, name: str, tensor: Any) -> np.ndarray:
@@ -322,11 +382,12 @@ def of_tensor(caller: str, path: Any, name: str, tensor: Any) -> np.ndarray:
     kind = str(tensor.dtype).removeprefix("torch.")
     known = {str(d): d for d in _NAMES}
     plain = kind in known and str(tensor.layout) == "torch.strided"
-    if not plain or tensor.device.type != "cpu":
+    if not plain or tensor.is_nested or tensor.device.type != "cpu":
         raise _refused(
             path,
             "tensors must be dense, on the CPU, and of a dtype that numpy has",
-            f"{name!r} of {tensor.dtype}, {tensor.layout}, on {tensor.device}",
+            f"{name!r} of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            + ", nested" * tensor.is_nested,
             "Save tensor.cpu(), dense, in such a dtype",
             caller,
         )
@@ -339,12 +400,65 @@ def of_tensor(caller: str, path: Any, name: str, tensor: Any) -> np.ndarray:
             "Save tensor.contiguous()",
             caller,
         )
-    if (
-        known[kind].isbuiltin != 1
-    ):  # bfloat16 and float8, which numpy has from ml_dtypes
+    tensor = tensor.resolve_conj().resolve_neg()
+    if known[kind].isbuiltin != 1:  # bfloat16, float8: numpy's are of ml_dtypes
         same = {1: "uint8", 2: "int16"}[known[kind].itemsize]
         tensor = tensor.view(getattr(importlib.import_module("torch"), same))
     return tensor.numpy().view(known[kind])
+
+
+def _check_pickle(path: pathlib.Path) -> None:
+    """Refuses a .pt that torch reads in another way than as the zip of a state dict."""
+    with _opened_zip(path) as archive:
+        members = archive.infolist()
+        # As torch looks for it: whatever the case.
+        pickles = [m for m in members if m.filename.lower().endswith("/data.pkl")]
+        whole = _starts_and_ends_as_a_zip(path, archive.start_dir)
+        if len(pickles) != 1 or members[0].header_offset or not whole:
+            raise _refused(
+                path,
+                "a .pt file must be one zip from its first byte to its last, with one"
+                " data.pkl",
+                f"{len(pickles)} of them among {len(members)} members"
+                + ", and other bytes around the zip" * (not whole),
+                "Save model.state_dict() alone",
+            )
+        text = _member(
+            path, archive, pickles[0].filename, "Save model.state_dict() alone"
+        )
+    try:
+        if len(text) > _PICKLE_LIMIT:
+            raise ValueError(f"{len(text)} bytes")
+        # This runs nothing. Other ways to name a global, torch refuses.
+        for opcode, name, _ in pickletools.genops(text):
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(name)):
+                raise ValueError(str(name).replace(" ", "."))
+    except ValueError as fault:
+        raise _refused(
+            path,
+            f"the pickle in a .pt file must have at most {_PICKLE_LIMIT} bytes, and"
+            " name what a state dict of dense tensors is made of, and nothing else",
+            str(fault),
+            "Save model.state_dict() alone",
+        ) from fault
+
+
+def _starts_and_ends_as_a_zip(path: pathlib.Path, directory: int) -> bool:
+    """Whether all who read the zip find its directory at the same place.
+
+    Some look for its end and count back, some go by the place that the end declares.
+    """
+    with open(path, "rb") as file:
+        first = file.read(4)
+        file.seek(-22, os.SEEK_END)
+        end = file.read()
+        declared = end[16:20]
+        if path.stat().st_size >= 98:  # with the end of a zip of 64 bits before it
+            file.seek(-98, os.SEEK_END)
+            end64 = file.read(76)
+            declared = end64[48:56] if end64[56:60] == b"PK\6\7" else declared
+    ends = first == b"PK\3\4" and end[:4] == b"PK\5\6"
+    return ends and int.from_bytes(declared, "little") == directory
 
 
 # .keras: a zip with an .h5 in it.
@@ -355,7 +469,7 @@ def _opened_zip(path: pathlib.Path) -> zipfile.ZipFile:
     size = path.stat().st_size
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, ValueError, OSError) as fault:
+    except _ZIP_FAULTS as fault:
         raise _refused(
             path,
             f"a {path.suffix} file must be a zip, whole",
@@ -379,17 +493,33 @@ def _opened_zip(path: pathlib.Path) -> zipfile.ZipFile:
     return archive
 
 
+# What zipfile raises of files that lie.
+_ZIP_FAULTS = (
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+
+
+def _member(path: Any, archive: zipfile.ZipFile, name: str, todo: str) -> bytes:
+    try:
+        return archive.read(name)
+    except _ZIP_FAULTS as fault:
+        rule = f"a {path.suffix} file must hold {name}, whole"
+        raise _refused(path, rule, _words(fault), todo) from fault
+
+
 def _read_keras(path: pathlib.Path) -> dict[str, np.ndarray]:
     with _opened_zip(path) as archive:
-        try:
-            inside = archive.read("model.weights.h5")
-        except (KeyError, zipfile.BadZipFile, EOFError, OSError) as fault:
-            raise _refused(
-                path,
-                "a .keras file must hold model.weights.h5, whole",
-                _words(fault),
-                "Save it with Keras 3: model.save('model.keras')",
-            ) from fault
+        inside = _member(
+            path,
+            archive,
+            "model.weights.h5",
+            "Save it with Keras 3: model.save('model.keras')",
+        )
     return _datasets_of(path, io.BytesIO(inside), len(inside))
 
 
@@ -490,14 +620,16 @@ def _declared(h5py: Any, path: Any, name: str, dataset: Any, size: int) -> int:
     """How many bytes a dataset declares, once they are known to be there."""
     layouts = {h5py.h5d.CONTIGUOUS: "contiguous", h5py.h5d.COMPACT: "compact"}
     layout = layouts.get(dataset.id.get_create_plist().get_layout())
+    # The shape of a virtual dataset is that of other files, which it would open.
     if layout is None or dataset.external or dataset.shape is None:
-        what = "virtual" if dataset.is_virtual else "chunked"
-        what = "external" if dataset.external else what
+        what = "external" if dataset.external else "empty"
+        if layout is None:
+            what = "virtual" if dataset.is_virtual else "chunked"
         raise _refused(
             path,
             "datasets must be plain arrays that lie in the file as they are, neither"
             " chunked, compressed, virtual nor external",
-            f"{name!r}, {'empty' if dataset.shape is None else what}",
+            f"{name!r}, {what}",
             "Save it with Keras 3, or type: h5repack -f NONE -l CONTI in.h5 out.h5",
         )
     if dataset.dtype.kind not in "biufc" and not _is_bfloat16(dataset):
@@ -534,13 +666,17 @@ def _write_h5(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     with h5py.File(path, "x") as file:
         for name, a in arrays.items():
             try:
+                if a.dtype.kind == "V" and a.dtype != ml_dtypes.bfloat16:
+                    raise TypeError("it has none for it")
+                if {"", "."} & set(name.split("/")) or "\0" in name:
+                    raise ValueError("HDF5 would change it")
                 dataset = file.create_dataset(name, data=a)
             except (TypeError, ValueError) as fault:
                 raise _check.error(
                     ValueError,
                     "write_weights",
-                    "an .h5 file takes arrays of dtypes that HDF5 has, and no name that"
-                    " goes on where another ends",
+                    "an .h5 file takes arrays of dtypes that HDF5 has, by names like"
+                    " 'a/b', of which none goes on where another ends",
                     f"{name!r} of dtype {a.dtype}: {_words(fault)}",
                     "Write a .safetensors file",
                 ) from fault

@@ -47,7 +47,7 @@ def preset(library: str, norm: str) -> dict[str, Any]:
       >>> norm.momentum, norm.running_variance
       (0.9, 'unbiased')
     """
-    if library not in _BATCH or norm not in ("BatchNorm", *_NORMS):
+    if library not in tuple(_BATCH) or norm not in ("BatchNorm", *_NORMS):
         raise _check.error(
             ValueError,
             "preset",
