@@ -21,6 +21,8 @@ from golden import write
 import normjax.linen
 import normjax.nnx
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GOLDEN = pathlib.Path(write.__file__).parent
 VERSIONS = ["jax-0.10.2", "jax-0.12.0.1"]
 each_version = pytest.mark.parametrize("version", VERSIONS)

@@ -126,7 +126,7 @@ def of_groups(groups, wy):
 
 
 def norms(kind: str):
-    return FAMILY if kind in ("plain", "masked") else OF_EACH_WAY
+    return FAMILY if kind == "masked" else OF_EACH_WAY
 
 
 def derivatives(

@@ -15,6 +15,8 @@ from systems import SYSTEMS
 import normjax
 import normjax.linen
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SHAPE = (8, 3, 2, 4)  # [N, S, T, C]
 
 

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from normjax import linen
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MODULES = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
 REQUIRED = {
     "BatchNorm": {"use_running_average": False},

@@ -25,6 +25,8 @@ from systems import NAMES
 import normjax.linen
 import normjax.nnx
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FEATURES = 4
 FIELDS = {"BatchNorm": {"momentum": 0.5}, "GroupNorm": {"num_groups": 2}}
 KEY = jax.random.key(0)

@@ -12,6 +12,8 @@ from systems import NAMES, SYSTEMS
 
 import normjax
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 both = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 
 
