@@ -72,6 +72,12 @@ class Rule(NamedTuple):
         frozen = all(getattr(norm.module, k, None) == v for k, v in switches)
         return frozen or self.new != "unfrozen"
 
+    def may_want(self, names: set[str]) -> bool:
+        """Whether a module with variables of such names may be one that it is about."""
+        if "batch_stats/mean" in names:
+            return self.old in ("any", "batch")
+        return self.old != "batch" and names <= {"params/scale", "params/bias"}
+
     def matches(self, path: tuple[str, ...]) -> bool:
         """Whether it is about norms at this path."""
         return any(matches(p, path) for p in self.paths)
@@ -551,11 +557,13 @@ class Replaced:
         """Refuses patterns without a norm, be it one that this call has not reached."""
         from flax.traverse_util import flatten_dict
 
-        names = flatten_dict(variables)
-        modules = {n[1:-1] for n in names if n[-1] in ("scale", "bias", "mean", "var")}
+        own: dict[tuple, set[str]] = {}
+        for collection, *path, name in flatten_dict(variables):
+            own.setdefault(tuple(path), set()).add(f"{collection}/{name}")
         for i, rule in enumerate(self.rules):
             norms = [steps[i] for steps in self._steps.values() if steps[i].kind]
-            _check_found(rule, norms, modules - set(self._steps))
+            others = {p for p, names in own.items() if rule.may_want(names)}
+            _check_found(rule, norms, others - set(self._steps))
 
 
 def _is_within_nn_jit() -> bool:
