@@ -281,6 +281,13 @@ def test_what_is_no_pattern_or_no_model_is_refused():
         ' "encoder/*", say.',
     ):
         tools.freeze(Model(), 3)
+    for model, paths in ((Model(), []), (OfNnx(nnx.Rngs(0)), ())):
+        with raises(
+            ValueError,
+            f"freeze: paths must have one pattern at least. Got paths={paths}. Pass"
+            ' "*" for all, or leave it out for none.',
+        ):
+            tools.freeze(model, paths)
     with raises(
         TypeError,
         "freeze: model must be a module of flax.linen or flax.nnx. Got dict. Pass the"

@@ -156,6 +156,12 @@ def test_what_the_optimizer_cannot_be_told_is_refused(params, norms):
         ' "encoder/*", say.',
     ):
         tools.labels(params, {"frozen": 3})
+    with raises(
+        ValueError,
+        "labels: paths must have one pattern at least. Got paths=(). Pass \"*\" for all,"
+        " or leave it out for none.",
+    ):
+        tools.labels(params, {"frozen": ()})
 
 
 # Averages.

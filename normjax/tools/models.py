@@ -125,6 +125,14 @@ def patterns(name: str, paths: Any) -> tuple[str, ...]:
             f"paths={paths!r}",
             'Pass "encoder/*", say',
         )
+    if not found:
+        raise _check.error(
+            ValueError,
+            name,
+            "paths must have one pattern at least",
+            f"paths={paths!r}",
+            'Pass "*" for all, or leave it out for none',
+        )
     return tuple(found)
 
 
