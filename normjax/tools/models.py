@@ -278,42 +278,60 @@ def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:
     )
 
 
-def nnx_replaced(model: Any, swap: Callable[[tuple, Any], Any]) -> Any:
+def nnx_replaced(
+    model: Any, swap: Callable[[tuple, Any], Any], name: str = "replace"
+) -> Any:
     """A copy of an nnx model, with other modules in place of some.
 
     Args:
       model: the module, which stays as it is.
       swap: takes a path and the module of the copy that is there, and returns what to
         put in all the places where that module is, or None for the module itself.
+      name: of the public function, for its errors.
     """
     from flax import nnx
 
     model = nnx.clone(model)
     modules = list(nnx_modules(model))
     others = {id(m): other for path, m in modules if (other := swap(path, m))}
+    placed = {id(model)}
+    holders = [v for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Pytree)]
     holder: Any
-    for _, holder in modules:
+    for holder in holders:
         for key, value in list(nnx.iter_children(holder)):
             if id(value) not in others:
                 continue
+            placed.add(id(value))
             if isinstance(key, int):  # of a list
                 holder[key] = others[id(value)]
             else:
                 setattr(holder, str(key), others[id(value)])
         for key, value in list(vars(holder).items()):
             # Of plain containers, which are values and are made anew.
-            if not isinstance(value, (tuple, list, dict)):
+            if _is_nnx(value):
                 continue
             held = jax.tree.leaves(value, is_leaf=_is_nnx)
             if any(id(v) in others for v in held):
+                placed |= {id(v) for v in held}
                 new = [others.get(id(v), v) for v in held]
                 structure = jax.tree.structure(value, is_leaf=_is_nnx)
                 setattr(holder, key, nnx.data(jax.tree.unflatten(structure, new)))
+    for path, module in modules:
+        if id(module) in others and id(module) not in placed:
+            raise _check.error(
+                TypeError,
+                name,
+                "what holds a norm must be an nnx.Pytree, such as an nnx.Module, or a"
+                " pytree in one",
+                f"{type(module).__name__} at {'/'.join(map(str, path))} in something"
+                " else",
+                "Let its class inherit from nnx.Pytree",
+            )
     return others.get(id(model), model)
 
 
 def _is_nnx(value: Any) -> bool:
-    """Whether a value is a module or a variable of nnx."""
+    """Whether a value is a node or a variable of nnx, and not a plain container."""
     from flax import nnx
 
-    return isinstance(value, (nnx.Module, nnx.Variable))
+    return isinstance(value, (nnx.Pytree, nnx.Variable))

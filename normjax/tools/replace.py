@@ -693,7 +693,7 @@ def _replaced_in_nnx(model: Any, rule: Rule) -> Any:
             return None
         return _new_in_nnx(rule, at[words]._replace(module=module))
 
-    return nnx_replaced(model, swap)
+    return nnx_replaced(model, swap, rule.name)
 
 
 def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
