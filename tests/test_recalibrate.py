@@ -152,6 +152,31 @@ def test_rounding_does_not_add_up_in_a_long_stream():
     assert (np.asarray(m.count) == 4 * n).all()
 
 
+@pytest.mark.parametrize("sizes", [(1, 999), (999, 1), (1, 9, 990), (333, 333, 334)])
+def test_means_near_zero_are_as_exact_however_the_data_is_split(sizes):
+    """To 1e-6 of their own size, or of how far such a mean is from zero by chance."""
+    x = np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32)
+    merged = Merged.empty(jnp.zeros(3), 0)
+    for part in pieces(x, *sizes):
+        merged = merged.add(normjax.moments(part, 0), 1)
+    mean, want = np.float64(merged.mean) + merged.mean_rest, x.mean(0, dtype=float)
+    assert (abs(mean - want) <= 1e-6 * np.maximum(abs(want), 1000**-0.5)).all()
+    np.testing.assert_allclose(merged.var, x.var(0, dtype=float), rtol=1e-6)
+
+
+def test_what_makes_the_batches_may_run_models_of_its_own():
+    teacher = nn.BatchNorm(True)
+    own = variables_of(teacher, X)
+
+    def batches():
+        for x in pieces(X, 300, 300):
+            teacher.apply(own, x)
+            yield x
+
+    found = recalibrate(applied(NET), V, batches()).variables
+    assert_statistics(**found["batch_stats"]["first"], x=X)
+
+
 def test_padding_counts_for_nothing():
     def apply(variables, batch):
         x, mask = batch

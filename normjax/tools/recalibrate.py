@@ -276,13 +276,13 @@ def _swept(sweep: Sweep, batches: Iterable, progress: bool) -> dict[Path, Merged
     merged, shardings = _placed(sweep.merged, batch)
     program = _program(sweep, shardings)
     rest, number = sweep.rest, 0
-    with sweep.context():
-        while batch is not _END:
+    while batch is not _END:
+        with sweep.context():  # which is not that of what makes the batches
             merged, rest, finite = program(merged, rest, sweep.fixed, batch)
-            # The next batch is fetched while the device works on this one.
-            following = next(left, _END)
-            _check_finite(sweep, np.asarray(finite), number, batch)
-            batch, number = following, number + 1
+        # The next batch is fetched while the device works on this one.
+        following = next(left, _END)
+        _check_finite(sweep, np.asarray(finite), number, batch)
+        batch, number = following, number + 1
     return sweep.by_path(merged)
 
 
