@@ -540,6 +540,13 @@ def test_a_gradient_step_is_at_a_right_angle_where_a_norm_follows():
     close(normed.relative / small.relative, normed.effective / small.effective, 1000)
 
 
+def test_rates_of_nnx_have_the_paths_of_the_model():
+    state = nnx.state(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), nnx.Param)
+    for tree in (state, nnx.to_pure_dict(state)):
+        (rate,) = tools.effective_rates(tree, tree)
+        assert rate.name == "layers/0/kernel"
+
+
 def test_weights_of_nothing_have_no_rate():
     zero = {"w": jnp.zeros((2, 2))}
     (rate,) = tools.effective_rates(zero, zero, 0.1)

@@ -14,7 +14,7 @@ import numpy as np
 
 from normjax import _check, _module, _moments
 from normjax._moments import Moments
-from normjax.tools.models import kind_of, nnx_modules, substituted, system_of
+from normjax.tools.models import flat, kind_of, nnx_modules, substituted, system_of
 
 # Names of a variable that a model is given, and of a collection that it never has.
 _SEEN = "normjax_seen"
@@ -450,8 +450,7 @@ def _see(
 
 def _whole(m: Moments) -> tuple[jax.Array, jax.Array]:
     """Mean and spread over all channels."""
-    flat = jax.tree.map(lambda a: a.reshape(-1), _moments.uniform(m))
-    m = _moments.merge(flat, 0)
+    m = _moments.merge(jax.tree.map(jnp.ravel, _moments.uniform(m)), 0)
     return m.mean[0], jnp.sqrt(m.var[0])
 
 
@@ -590,7 +589,7 @@ def effective_rates(
       >>> rate.name, round(rate.relative, 6)
       ('kernel', 0.1)
     """
-    weights, others = _by_path(params), _by_path(updates)
+    weights, others = flat(params), flat(updates)
     for path in [*weights, *others]:
         shapes = [
             np.shape(of[path]) if path in of else None for of in (weights, others)
@@ -633,15 +632,6 @@ def _rate(path: tuple, ww: float, uu: float, wu: float, learning_rate: Any) -> R
             None if learning_rate is None else learning_rate / ww if ww else nan
         ),
     )
-
-
-def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The arrays of a tree by the names that lead to them."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        found[tuple(names)] = leaf
-    return found
 
 
 @jax.jit

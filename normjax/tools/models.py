@@ -147,7 +147,13 @@ def matches(pattern: str, path: tuple[str, ...]) -> bool:
 
 
 def path_of(keys: tuple) -> tuple[str, ...]:
-    """The path in a tree, of keys as JAX has them, as words."""
+    """The path in a tree, of keys as JAX has them, as words.
+
+    Without the last step into what boxes an array: a variable of nnx, a partitioned
+    parameter of linen.
+    """
+    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
     words = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys)
     return tuple(map(str, words))
 
@@ -171,11 +177,12 @@ def is_variable(value: Any) -> bool:
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The arrays of a tree by path, without the last step into what boxes an array."""
+    """The arrays of a tree by their paths, be they boxed, as in a checkpoint of nnx."""
     found = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = path_of(keys)
-        found[names[:-1] if names[-1:] == ("value",) else names] = leaf
+        boxed = len(names) > 1 and names[-1] == "value"
+        found[names[:-1] if boxed else names] = leaf
     return found
 
 
