@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -166,16 +166,19 @@ class Sweep(NamedTuple):
     rebuilt: Callable[[Mapping[Path, Any]], Any]
 
 
-def check_called(name: str, old: Mapping[Path, Any], called: Mapping) -> None:
-    """Refuses a call of the model that left batch norms out."""
-    left = ["/".join(map(str, path)) for path in old if path not in called]
+def check_called(
+    name: str, old: Mapping[Path, Any], called: Mapping, others: Container[Path] = ()
+) -> None:
+    """Refuses a call of the model that left batch norms out, but not other modules."""
+    left = ["/".join(map(str, p)) for p in old if p not in called and p not in others]
     there = ["/".join(map(str, path)) for path in called]
-    if left and not there:
+    if not there:
         raise _check.error(
             ValueError,
             name,
             "apply must call the model with the variables that it is given",
-            f"a call that reached no batch norm, of {', '.join(left)}",
+            "a call that reached no batch norm of Flax or normjax, of"
+            f" {', '.join('/'.join(map(str, path)) for path in old)}",
             "Leave out what compiled it before for other variables, and use those that"
             " are passed in",
         )
@@ -185,8 +188,9 @@ def check_called(name: str, old: Mapping[Path, Any], called: Mapping) -> None:
             name,
             "apply must call all batch norms that have statistics",
             f"{', '.join(there)} called, {', '.join(left)} not",
-            "Call all of the model (train=True, say), or pass the statistics of what is"
-            " called alone",
+            "Call all of the model (train=True, say), or pass variables without the"
+            " statistics of what is not called; if the model needs those, apply can put"
+            " them back",
         )
 
 

@@ -193,7 +193,7 @@ def _rule(name: str, old: str, new: Any, paths: Any, fields: dict) -> Rule:
 
 
 def _switches(module: Any) -> dict[str, Any]:
-    """Those fields of a norm that say which statistics it uses, and whether it moves."""
+    """Those fields of a norm by which it uses its statistics, and moves them."""
     return {name: getattr(module, name, None) for name in _SWITCHES["frozen"]}
 
 
