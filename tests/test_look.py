@@ -1,11 +1,13 @@
 """Looks at a model's norms, effective rates, their pictures, and `inspect`."""
 
 import functools
+import gc
 import json
 import math
 import pathlib
 import subprocess
 import sys
+import weakref
 from typing import ClassVar
 
 import flax.linen as nn
@@ -480,6 +482,63 @@ def test_looking_again_compiles_nothing():
     (again,) = tools.look(model, variables, X + 1)
     assert Counted.traces == [X.shape]
     close(again.mean, first.mean + 1)
+
+
+@pytest.mark.parametrize(("axis", "length"), [(1, 3), (-2, 3), (-2, 1)])
+def test_layers_of_a_scan_are_told_apart_along_any_axis(axis, length):
+    layers = nn.scan(
+        lambda block, x, _: (block(x), None),
+        variable_axes={"params": axis},
+        split_rngs={"params": True},
+        length=length,
+    )
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm()(nn.Dense(4, name="dense")(x))
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers(Block(name="block"), x, None)[0]
+
+    variables = init(Stack(), X)
+    seen = tools.look(Stack(), variables, X)
+    assert [one.layer for one in seen] == list(range(length))
+    kernels = np.moveaxis(variables["params"]["block"]["dense"]["kernel"], axis, 0)
+    close(seen[0].channels["mean"], (X @ kernels[0]).mean((0, 1)))
+    assert {one.channels["mean"].shape for one in seen} == {(4,)}
+
+
+def test_a_look_leaves_no_model_behind():
+    class Settings:
+        """What a model holds."""
+
+    class OfLinen(nn.Module):
+        settings: Settings
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm()(x)
+
+    class OfNnx(nnx.Module):
+        def __init__(self, settings):
+            self.settings = settings
+            self.norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    def left_behind(of):
+        model = of(Settings())
+        args = (init(model, X), X) if of is OfLinen else (X,)
+        tools.look(model, *args)
+        return weakref.ref(model.settings)
+
+    left = [left_behind(OfLinen), left_behind(OfNnx)]
+    gc.collect()
+    assert [settings() for settings in left] == [None, None]
 
 
 # Rates and scalars.

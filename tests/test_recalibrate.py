@@ -548,10 +548,11 @@ def test_no_batches_are_refused():
             "recalibrate: batches must be an iterable of batches. Got a single"
             f" {kind}. Pass [batch]."
         )
-    for id in ("a", np.array(["a"])):
-        assert refusal(applied(NET), V, [X, {"x": X, "id": id}], kind=TypeError) == (
+    for name in ("a", np.array(["a"])):
+        named = {"x": X, "id": name}
+        assert refusal(applied(NET), V, [X, named], kind=TypeError) == (
             "recalibrate: batches must be of arrays and numbers, which are traced. Got"
-            f" a value of type {type(id).__name__} in ['id'] of batch 1, counted from 0."
+            f" a value of type {type(name).__name__} in ['id'] of batch 1, counted from"
             " 0. Leave it out of the batches, or let apply have it from elsewhere."
         )
     nothing = applied(NET, mask=np.zeros((600, 1, 1), bool))
