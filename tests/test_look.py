@@ -791,6 +791,12 @@ def test_a_picture_is_written_whole_and_shown_without_pyplot(tmp_path):
     assert png[:4] == figure._repr_png_()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="Format 'what' is not supported"):
         tools.plot(made_up(0), path=tmp_path / "looks.what")
+    with pytest.raises(FileNotFoundError) as error:
+        tools.plot(made_up(0), path=tmp_path / "no" / "looks.png")
+    assert str(error.value) == (
+        "plot: path must be in a folder that is there. Got"
+        f" path='{tmp_path}/no/looks.png'. Make the folder '{tmp_path}/no' first."
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["looks.png"]
 
 
@@ -879,6 +885,12 @@ def test_the_table_flags_what_is_broken():
         "norm_table: there must be a norm: mean beside var, or scale with at most bias. Got"
         " none among 1 modules. Pass the variables, params and batch_stats."
     )
+    with pytest.raises(ValueError) as error:
+        tools.norm_table({"a": {"b": {"mean": np.ones(3), "var": np.ones(2)}}})
+    assert str(error.value) == (
+        "norm_table: mean and var of a batch norm must have one shape. Got those of a/b"
+        " of shapes (3,) and (2,). Pass the statistics of one model."
+    )
 
 
 def test_nnx_and_linen_have_the_same_table():
@@ -915,6 +927,11 @@ def test_inspect_prints_and_draws_a_checkpoint(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [row["path"] for row in found] == ["/".join(row.path) for row in rows]
     assert found[2]["mean"] == [1.0, 2.0, 3.0] and found[0]["mean"] is None
+
+    assert main(["inspect", str(place), "--plot", str(tmp_path / "no" / "a.png")]) == 2
+    printed = capsys.readouterr()
+    assert "model/block_10/BatchNorm_0" in printed.out
+    assert printed.err.startswith("plot_table: path must be in a folder that is there.")
 
 
 def test_the_picture_of_a_checkpoint_has_its_ranges():

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import fnmatch
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -55,7 +56,8 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
       for nnx of their paths; one that is called often is there once.
 
     Raises:
-      TypeError: if model is neither a linen nor an nnx module.
+      TypeError: if model is neither a linen nor an nnx module, or a linen model's call
+        needs arguments and there are none.
 
     Example:
       >>> import flax.linen as nn
@@ -72,6 +74,8 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
             for path, module in nnx_modules(model)
             if (kind := kind_of(module))
         ]
+    if not args and not kwargs:
+        _check_call(model)
     found: dict[tuple[str, ...], Norm] = {}
 
     def note(module: Any) -> None:
@@ -82,6 +86,24 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
     with substituted(note):
         abstract_init(model, *args, **kwargs)
     return list(found.values())
+
+
+def _check_call(model: Any) -> None:
+    """Refuses a linen model whose call needs arguments, of which there are none."""
+    call = inspect.signature(type(getattr(model, "model", model)).__call__)
+    needed = [
+        p.name
+        for p in list(call.parameters.values())[1:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if needed:
+        raise _check.error(
+            TypeError,
+            "find_norms",
+            "a linen model is called once, to see which norms that reaches",
+            f"no arguments, and {type(model).__name__} needs {', '.join(needed)}",
+            "Pass them after the model, arrays or jax.ShapeDtypeStruct",
+        )
 
 
 def system_of(name: str, model: Any) -> str:
