@@ -73,17 +73,17 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     rows = tools.norm_table(load(args.checkpoint))
-    if args.plot:
-        tools.plot_table(rows, path=args.plot)
     if args.json:
         plain = [_plain({**row._asdict(), "path": row.name}) for row in rows]
         print(json.dumps(plain, indent=1, allow_nan=False))
-        return 0
-    table = rich_table(rows)
-    console = _check.needed("inspect", "rich", "rich.console").Console
-    # Lines as long as the table is wide: a number that is cut short would mislead.
-    wide = console(width=10_000)
-    console(width=max(console().width, wide.measure(table).maximum)).print(table)
+    else:
+        table = rich_table(rows)
+        console = _check.needed("inspect", "rich", "rich.console").Console
+        # Lines as long as the table is wide: a number cut short would mislead.
+        wide = console(width=10_000)
+        console(width=max(console().width, wide.measure(table).maximum)).print(table)
+    if args.plot:
+        tools.plot_table(rows, path=args.plot)
     return 0
 
 

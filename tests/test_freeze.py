@@ -243,6 +243,43 @@ def test_unfrozen_nnx_follows_its_batches_again():
         tools.unfreeze(part, "norms/1")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"normalize_with": "running", "update_statistics": True},
+        {"normalize_with": "batch"},
+        {"use_running_average": True},
+        {},
+    ],
+)
+def test_what_is_unfrozen_is_what_it_was(fields):
+    model = linen.BatchNorm(**({"use_running_average": False} | fields))
+    variables = trained(model.init(jax.random.key(0), X))
+    again = tools.unfreeze(tools.freeze(tools.freeze(model)))
+    want = model.apply(variables, X, mutable=["batch_stats"])
+    same_bits(again.apply(variables, X, mutable=["batch_stats"]), want)
+
+    of_nnx = normjax.nnx.BatchNorm(3, **fields, rngs=nnx.Rngs(0))
+    again = tools.replace(tools.freeze(of_nnx), "batch", "same", momentum=0.5)
+    again = tools.unfreeze(tools.freeze(again))
+    names = ("normalize_with", "update_statistics", "use_running_average")
+    for name in names:
+        assert getattr(again, name) == getattr(of_nnx, name)
+    assert again.momentum == 0.5
+
+
+def test_what_the_model_itself_has_frozen_is_unfrozen(quick_compile):
+    fields = {"normalize_with": "running", "update_statistics": False}
+    model = linen.BatchNorm(False, **fields)
+    variables = model.init(jax.random.key(0), X)
+    free = tools.unfreeze(tools.freeze(model))
+    _, updates = free.apply(variables, X, mutable=["batch_stats"])
+    assert updates["batch_stats"]["mean"].all()
+    of_nnx = normjax.nnx.BatchNorm(3, **fields, rngs=nnx.Rngs(0))
+    free = tools.unfreeze(tools.freeze(of_nnx))
+    assert free.normalize_with is None and free.update_statistics is None
+
+
 # What is refused.
 
 
@@ -281,6 +318,13 @@ def test_what_is_no_pattern_or_no_model_is_refused():
         ' "encoder/*", say.',
     ):
         tools.freeze(Model(), 3)
+    for model, paths in ((Model(), []), (OfNnx(nnx.Rngs(0)), ())):
+        with raises(
+            ValueError,
+            f"freeze: paths must have one pattern at least. Got paths={paths}. Pass"
+            ' "*" for all, or leave it out for none.',
+        ):
+            tools.freeze(model, paths)
     with raises(
         TypeError,
         "freeze: model must be a module of flax.linen or flax.nnx. Got dict. Pass the"

@@ -1,11 +1,13 @@
 """Looks at a model's norms, effective rates, their pictures, and `inspect`."""
 
 import functools
+import gc
 import json
 import math
 import pathlib
 import subprocess
 import sys
+import weakref
 from typing import ClassVar
 
 import flax.linen as nn
@@ -482,6 +484,63 @@ def test_looking_again_compiles_nothing():
     close(again.mean, first.mean + 1)
 
 
+@pytest.mark.parametrize(("axis", "length"), [(1, 3), (-2, 3), (-2, 1)])
+def test_layers_of_a_scan_are_told_apart_along_any_axis(axis, length):
+    layers = nn.scan(
+        lambda block, x, _: (block(x), None),
+        variable_axes={"params": axis},
+        split_rngs={"params": True},
+        length=length,
+    )
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm()(nn.Dense(4, name="dense")(x))
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers(Block(name="block"), x, None)[0]
+
+    variables = init(Stack(), X)
+    seen = tools.look(Stack(), variables, X)
+    assert [one.layer for one in seen] == list(range(length))
+    kernels = np.moveaxis(variables["params"]["block"]["dense"]["kernel"], axis, 0)
+    close(seen[0].channels["mean"], (X @ kernels[0]).mean((0, 1)))
+    assert {one.channels["mean"].shape for one in seen} == {(4,)}
+
+
+def test_a_look_leaves_no_model_behind():
+    class Settings:
+        """What a model holds."""
+
+    class OfLinen(nn.Module):
+        settings: Settings
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm()(x)
+
+    class OfNnx(nnx.Module):
+        def __init__(self, settings):
+            self.settings = settings
+            self.norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    def left_behind(of):
+        model = of(Settings())
+        args = (init(model, X), X) if of is OfLinen else (X,)
+        tools.look(model, *args)
+        return weakref.ref(model.settings)
+
+    left = [left_behind(OfLinen), left_behind(OfNnx)]
+    gc.collect()
+    assert [settings() for settings in left] == [None, None]
+
+
 # Rates and scalars.
 
 
@@ -538,6 +597,13 @@ def test_a_gradient_step_is_at_a_right_angle_where_a_norm_follows():
     assert abs(free.cosine) > 0.1
     # |u| / |w| = lr |g(w)| / |w|, and g(w) = g(w / |w|) / |w|.
     close(normed.relative / small.relative, normed.effective / small.effective, 1000)
+
+
+def test_rates_of_nnx_have_the_paths_of_the_model():
+    state = nnx.state(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), nnx.Param)
+    for tree in (state, nnx.to_pure_dict(state)):
+        (rate,) = tools.effective_rates(tree, tree)
+        assert rate.name == "layers/0/kernel"
 
 
 def test_weights_of_nothing_have_no_rate():
@@ -725,6 +791,12 @@ def test_a_picture_is_written_whole_and_shown_without_pyplot(tmp_path):
     assert png[:4] == figure._repr_png_()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="Format 'what' is not supported"):
         tools.plot(made_up(0), path=tmp_path / "looks.what")
+    with pytest.raises(FileNotFoundError) as error:
+        tools.plot(made_up(0), path=tmp_path / "no" / "looks.png")
+    assert str(error.value) == (
+        "plot: path must be in a folder that is there. Got"
+        f" path='{tmp_path}/no/looks.png'. Make the folder '{tmp_path}/no' first."
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["looks.png"]
 
 
@@ -813,6 +885,12 @@ def test_the_table_flags_what_is_broken():
         "norm_table: there must be a norm: mean beside var, or scale with at most bias. Got"
         " none among 1 modules. Pass the variables, params and batch_stats."
     )
+    with pytest.raises(ValueError) as error:
+        tools.norm_table({"a": {"b": {"mean": np.ones(3), "var": np.ones(2)}}})
+    assert str(error.value) == (
+        "norm_table: mean and var of a batch norm must have one shape. Got those of a/b"
+        " of shapes (3,) and (2,). Pass the statistics of one model."
+    )
 
 
 def test_nnx_and_linen_have_the_same_table():
@@ -849,6 +927,11 @@ def test_inspect_prints_and_draws_a_checkpoint(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [row["path"] for row in found] == ["/".join(row.path) for row in rows]
     assert found[2]["mean"] == [1.0, 2.0, 3.0] and found[0]["mean"] is None
+
+    assert main(["inspect", str(place), "--plot", str(tmp_path / "no" / "a.png")]) == 2
+    printed = capsys.readouterr()
+    assert "model/block_10/BatchNorm_0" in printed.out
+    assert printed.err.startswith("plot_table: path must be in a folder that is there.")
 
 
 def test_the_picture_of_a_checkpoint_has_its_ranges():

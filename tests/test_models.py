@@ -1,10 +1,13 @@
 """The norms of a model are found by what they are, and others put in their place."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from flax.nnx import graphlib
 
 import normjax.nnx
 from normjax import linen, tools
@@ -99,6 +102,20 @@ def test_what_is_no_model_is_refused():
     )
 
 
+def test_a_linen_model_without_the_arguments_of_its_call_is_refused():
+    for model, name in (
+        (Shared(), "Shared"),
+        (tools.freeze(Shared()), "Replaced"),
+    ):
+        with pytest.raises(TypeError) as error:
+            tools.find_norms(model)
+        assert str(error.value) == (
+            "find_norms: a linen model is called once, to see which norms that reaches."
+            f" Got no arguments, and {name} needs x, train. Pass them after the model,"
+            " arrays or jax.ShapeDtypeStruct."
+        )
+
+
 def last_batch(module):
     """A batch norm that keeps nothing of the old statistics."""
     if models.kind_of(module) == "BatchNorm":
@@ -144,6 +161,63 @@ def test_a_copy_of_an_nnx_model_has_the_others_in_all_places():
     copy(X)
     assert not model.again.mean[...].any()
     assert other.mean[...].any()
+
+
+class Holder(nnx.Pytree):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    norm: nnx.BatchNorm
+
+
+class Slot:
+    """A node of nnx's graph that is neither a Pytree nor a pytree of JAX."""
+
+    def __init__(self, norm):
+        self.norm = norm
+
+
+graphlib.register_graph_node_type(
+    Slot,
+    lambda slot: ((("norm", slot.norm),), None),
+    lambda slot, key, value: setattr(slot, key, value),
+    lambda slot, key: delattr(slot, key),
+    lambda _: Slot(None),
+    lambda slot: delattr(slot, "norm"),
+    lambda slot, items: slot.__init__(dict(items)["norm"]),
+)
+
+
+class Held(nnx.Module):
+    def __init__(self, of):
+        self.of = nnx.data(of)
+
+    def __call__(self, x):
+        return self.of.norm(x)
+
+
+def test_norms_are_replaced_in_whatever_holds_them():
+    for of in (Holder(nnx.Rngs(0)), Pair(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))):
+        model = Held(of)
+        assert found(model) == {"of/norm": "BatchNorm"}
+        frozen = tools.freeze(model)
+        frozen(X)
+        assert not frozen.of.norm.mean[...].any()
+        sweep = tools.recalibrate(lambda m, x: m(x), model, [X], progress=False)
+        mean = sweep.variables.of.norm.mean[...]
+        assert jnp.allclose(mean, X.mean(0), rtol=1e-5)
+        assert not model.of.norm.mean[...].any()
+    with pytest.raises(TypeError) as error:
+        tools.freeze(Held(Slot(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))))
+    assert str(error.value) == (
+        "freeze: what holds a norm must be an nnx.Pytree, such as an nnx.Module, or a"
+        " pytree in one. Got BatchNorm at of/norm in something else. Let its class"
+        " inherit from nnx.Pytree."
+    )
 
 
 @pytest.mark.parametrize("declines", [False, True])

@@ -66,6 +66,16 @@ def test_the_mask_is_found_by_modules_and_not_by_names(params, norms):
     assert tools.decay_mask(params, norms, biases=False) == {**NORMS, **dense}
 
 
+def test_the_mask_is_that_of_parameters_without_their_boxes(params, norms):
+    def boxed(tree):
+        return jax.tree.map(lambda a: nn.Partitioned(a, (None,) * a.ndim), tree)
+
+    for biases in (True, False):
+        want = tools.decay_mask(params, norms, biases=biases)
+        mask = tools.decay_mask(boxed(params), norms, biases=biases)
+        assert nn.unbox(mask) == want
+
+
 def test_adamw_leaves_norms_without_decay(params, norms):
     """One step: exactly that without decay for norms, and with it for all else."""
 
@@ -156,6 +166,12 @@ def test_what_the_optimizer_cannot_be_told_is_refused(params, norms):
         ' "encoder/*", say.',
     ):
         tools.labels(params, {"frozen": 3})
+    with raises(
+        ValueError,
+        'labels: paths must have one pattern at least. Got paths=(). Pass "*" for all,'
+        " or leave it out for none.",
+    ):
+        tools.labels(params, {"frozen": ()})
 
 
 # Averages.

@@ -152,6 +152,31 @@ def test_rounding_does_not_add_up_in_a_long_stream():
     assert (np.asarray(m.count) == 4 * n).all()
 
 
+@pytest.mark.parametrize("sizes", [(1, 999), (999, 1), (1, 9, 990), (333, 333, 334)])
+def test_means_near_zero_are_as_exact_however_the_data_is_split(sizes):
+    """To 1e-6 of their own size, or of how far such a mean is from zero by chance."""
+    x = np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32)
+    merged = Merged.empty(jnp.zeros(3), 0)
+    for part in pieces(x, *sizes):
+        merged = merged.add(normjax.moments(part, 0), 1)
+    mean, want = np.float64(merged.mean) + merged.mean_rest, x.mean(0, dtype=float)
+    assert (abs(mean - want) <= 1e-6 * np.maximum(abs(want), 1000**-0.5)).all()
+    np.testing.assert_allclose(merged.var, x.var(0, dtype=float), rtol=1e-6)
+
+
+def test_what_makes_the_batches_may_run_models_of_its_own():
+    teacher = nn.BatchNorm(True)
+    own = variables_of(teacher, X)
+
+    def batches():
+        for x in pieces(X, 300, 300):
+            teacher.apply(own, x)
+            yield x
+
+    found = recalibrate(applied(NET), V, batches()).variables
+    assert_statistics(**found["batch_stats"]["first"], x=X)
+
+
 def test_padding_counts_for_nothing():
     def apply(variables, batch):
         x, mask = batch
@@ -523,6 +548,13 @@ def test_no_batches_are_refused():
             "recalibrate: batches must be an iterable of batches. Got a single"
             f" {kind}. Pass [batch]."
         )
+    for name in ("a", np.array(["a"])):
+        named = {"x": X, "id": name}
+        assert refusal(applied(NET), V, [X, named], kind=TypeError) == (
+            "recalibrate: batches must be of arrays and numbers, which are traced. Got"
+            f" a value of type {type(name).__name__} in ['id'] of batch 1, counted from"
+            " 0. Leave it out of the batches, or let apply have it from elsewhere."
+        )
     nothing = applied(NET, mask=np.zeros((600, 1, 1), bool))
     assert refusal(nothing, V, [X]) == (
         "recalibrate: batches must have values that count for each norm. Got first,"
@@ -561,12 +593,13 @@ def test_an_apply_that_does_not_take_the_variables_is_refused():
         "Leave out what compiled it before for other variables, and use those that are"
         " passed in."
     )
+    got = "Got a call that reached no batch norm of Flax or normjax, of"
     assert refusal(lambda v, x: call(x), V, [X]) == (
-        f"{rule}. Got a call that reached no batch norm, of first, second. {todo}"
+        f"{rule}. {got} first, second. {todo}"
     )
     model = OfNnx(nnx.Rngs(0))
     assert refusal(lambda m, x: x, model, [X]) == (
-        f"{rule}. Got a call that reached no batch norm, of again, layers/2. {todo}"
+        f"{rule}. {got} again, layers/2. {todo}"
     )
     compiled = jax.jit(applied(NET)).lower(V, X).compile()
     assert refusal(compiled, V, [X], kind=TypeError) == (
@@ -580,9 +613,41 @@ def test_norms_that_are_not_called_are_refused():
     extra = {**V["batch_stats"], "head": V["batch_stats"]["first"]}
     assert refusal(applied(NET), {**V, "batch_stats": extra}, [X]) == (
         "recalibrate: apply must call all batch norms that have statistics. Got first,"
-        " second called, head not. Call all of the model (train=True, say), or pass the"
-        " statistics of what is called alone."
+        " second called, head not. Call all of the model (train=True, say), or pass"
+        " variables without the statistics of what is not called; if the model needs"
+        " those, apply can put them back."
     )
+
+    def put_back(v, x):
+        stats = {**v["batch_stats"], "head": extra["head"]}
+        return applied(NET)({**v, "batch_stats": stats}, x)
+
+    found = recalibrate(put_back, V, [X]).variables
+    assert_statistics(**found["batch_stats"]["first"], x=X)
+
+
+def test_statistics_of_what_is_no_batch_norm_stay_as_they_are():
+    class Standardized(nn.Module):
+        """Keeps a mean and a var of its own, and has a norm within it."""
+
+        @nn.compact
+        def __call__(self, x):
+            mean = self.variable("batch_stats", "mean", lambda: jnp.ones(3))
+            var = self.variable("batch_stats", "var", lambda: jnp.full(3, 4.0))
+            if not self.is_initializing():
+                mean.value = x.mean((0, 1))
+            return nn.BatchNorm(False, name="norm")((x - 1) / jnp.sqrt(var.value))
+
+    model = nn.Sequential([Standardized(), nn.BatchNorm(False)])
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    result = recalibrate(applied(model), variables, [X[:300], X[300:]], prior=0)
+    own = result.variables["batch_stats"]["layers_0"]
+    assert_statistics(**own.pop("norm"), x=(X - 1) / 2)
+    del variables["batch_stats"]["layers_0"]["norm"]
+    jax.tree.map(
+        np.testing.assert_array_equal, own, variables["batch_stats"]["layers_0"]
+    )
+    assert [m.path for m in result.moved] == [("layers_0", "norm"), ("layers_1",)]
 
 
 def test_a_norm_with_a_call_of_its_own_is_refused():

@@ -632,3 +632,32 @@ def test_a_norm_that_a_call_does_not_reach_is_no_fault():
     ):
         none = tools.replace(Heads(), "layer", "rms", paths="three")
         none.apply(variables, X, method="first")
+
+
+def test_a_layer_with_a_bias_is_no_norm_that_a_call_does_not_reach(quick_compile):
+    class Layers(nn.Module):
+        def setup(self):
+            self.dense, self.batch, self.layer = nn.Dense(4), Batch(), nn.LayerNorm()
+
+        def __call__(self, x):
+            return self.layer(self.batch(self.dense(x)))
+
+        def first(self, x):
+            return self.dense(x)
+
+    Batch = functools.partial(nn.BatchNorm, True)
+    variables = Layers().init(jax.random.key(0), X)
+    wrong = {"batch": ("dense", "layer"), "layer": ("dense", "batch")}
+    for old, others in wrong.items():
+        tools.replace(Layers(), old, "none", paths=old).apply(
+            variables, X, method="first"
+        )
+        for path in others:
+            other = tools.replace(Layers(), old, "none", paths=[old, path])
+            with raises(
+                ValueError,
+                f"replace: paths must match {old} norms of the model. Got"
+                f" paths='{path}', and the {old} norms are: none. Look at what"
+                " tools.find_norms finds in the model.",
+            ):
+                other.apply(variables, X, method="first")

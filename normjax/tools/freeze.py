@@ -50,12 +50,14 @@ def freeze(model: Any, paths: Any = "*") -> Any:
 
 
 def unfreeze(model: Any, paths: Any = "*") -> Any:
-    """Takes `freeze` back: calls and ``train()`` decide again on the statistics.
+    """Takes `freeze` back: each norm uses its statistics as it did before.
+
+    A norm that the model itself has frozen, by its fields ``normalize_with="running"``
+    and ``update_statistics=False``, has None for both then: its calls and ``train()``
+    decide. A norm of Flax in an nnx model comes back as normjax's, which does the same.
 
     Args:
-      model: what `freeze` returned, or a model whose batch norms have the fields
-        ``normalize_with="running"`` and ``update_statistics=False``, which are then
-        None.
+      model: what `freeze` returned, or a model with such norms.
       paths: a pattern of paths, or several, as of `freeze`.
 
     Returns:

@@ -5,6 +5,7 @@ import contextvars
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from normjax import _check, _module, _moments
 from normjax._moments import Moments
-from normjax.tools.models import kind_of, nnx_modules, substituted, system_of
+from normjax.tools.models import flat, kind_of, nnx_modules, substituted, system_of
 
 # Names of a variable that a model is given, and of a collection that it never has.
 _SEEN = "normjax_seen"
@@ -192,13 +193,13 @@ def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
     """
     if system_of("look", model) == "linen":
         kwargs.pop("mutable", None)  # what the model would return changed is not used
-        seen = _compiled(_see_linen, _hashable(model), args, kwargs)
+        seen = _compiled(model, None, args, kwargs)
     else:
         from flax import nnx
 
         tapped, state = nnx.split(_with_taps(model))
         graphs = (tapped, nnx.graphdef(model))
-        seen = _compiled(_see_nnx, graphs, (state, *args), kwargs)
+        seen = _compiled(model, graphs, (state, *args), kwargs)
     if not seen:
         raise _check.error(
             ValueError,
@@ -216,13 +217,27 @@ def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
     return _in_order(looks)
 
 
-def _compiled(see: Any, model: Any, args: tuple, kwargs: dict) -> Any:
-    """Calls ``see(model, args, kwargs)`` compiled; what is not an array is static."""
+# The compiled programs of each model, by the id of one that is still there.
+_programs: dict[int, dict] = {}
+
+
+def _program(model: Any, *static: Any) -> Any:
+    """What calls a model compiled, and does not keep it alive, nor what it holds."""
+    if id(model) not in _programs:
+        _programs[id(model)] = {}
+        weakref.finalize(model, _programs.pop, id(model), None)
+    # A static argument of jit would live on in its caches.
+    call = jax.jit(functools.partial(_call, weakref.ref(model), *static))
+    return _programs[id(model)].setdefault(static, call)
+
+
+def _compiled(model: Any, graphs: Any, args: tuple, kwargs: dict) -> Any:
+    """Returns what norms see, compiled; what is not an array is static."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [a if _is_array(a) else None for a in leaves]
     static = tuple(None if _is_array(a) else a for a in leaves)
     try:
-        return _call(see, model, structure, static, arrays)
+        return _program(model, graphs, structure, static)(arrays)
     except _HiddenError as hidden:
         raise _check.error(
             ValueError,
@@ -235,39 +250,21 @@ def _compiled(see: Any, model: Any, args: tuple, kwargs: dict) -> Any:
         ) from hidden.__cause__
 
 
-class _Same:
-    """A linen module that has no hash, since a field is a list, say: only itself."""
-
-    def __init__(self, model: Any):
-        self.apply = model.apply
-        self.model = model
-
-    def __hash__(self) -> int:
-        return id(self.model)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.model is self.model
-
-
-def _hashable(model: Any) -> Any:
-    try:
-        hash(model)
-    except TypeError:
-        return _Same(model)
-    return model
-
-
 def _is_array(a: Any) -> bool:
     return hasattr(a, "shape") and hasattr(a, "dtype")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _call(see: Any, model: Any, structure: Any, static: tuple, arrays: list) -> Any:
+def _call(model: Any, graphs: Any, structure: Any, static: tuple, arrays: list) -> dict:
+    """What the norms see of a weak reference to a model, or of the graphs of nnx."""
     pairs = zip(static, arrays, strict=True)
     leaves = [a if a is not None else s for s, a in pairs]
+    args, kwargs = jax.tree.unflatten(structure, leaves)
     token = _trace.set(_Trace(itertools.count(), set()))
     try:
-        seen = see(model, *jax.tree.unflatten(structure, leaves))
+        if graphs is None:
+            seen = _see_linen(model(), args, kwargs)
+        else:
+            seen = _see_nnx(graphs, args, kwargs)
         if lost := _trace.get().called - set(seen):
             names = ", ".join(sorted(map("/".join, lost)))
             raise _HiddenError(f"{names} where nothing that is kept comes out")
@@ -450,8 +447,7 @@ def _see(
 
 def _whole(m: Moments) -> tuple[jax.Array, jax.Array]:
     """Mean and spread over all channels."""
-    flat = jax.tree.map(lambda a: a.reshape(-1), _moments.uniform(m))
-    m = _moments.merge(flat, 0)
+    m = _moments.merge(jax.tree.map(jnp.ravel, _moments.uniform(m)), 0)
     return m.mean[0], jnp.sqrt(m.var[0])
 
 
@@ -494,11 +490,13 @@ def _values(
 
 def _looks(path: tuple, call: int, seen: _Seen) -> list[tuple[int, Look]]:
     """What one call of a norm saw, once for each layer of a scan, with its order."""
-    rows = {}
+    rows, one = {}, seen.rows["order"].shape  # 1 where others have K channels
     for name, a in seen.rows.items():
-        if a.shape[-1] != 1:  # stacked along the last axis
-            a = np.moveaxis(a, -1, 0)
-        rows[name] = a.reshape(-1, a.shape[-2])
+        channels = [
+            i for i, (k, n) in enumerate(zip(a.shape, one, strict=True)) if k > n
+        ]
+        last = np.moveaxis(a, channels, [-1] * len(channels))
+        rows[name] = last.reshape(-1, a.shape[channels[0]] if channels else 1)
     is_stacked = seen.rows["order"].ndim > 5
     return [
         (
@@ -590,7 +588,7 @@ def effective_rates(
       >>> rate.name, round(rate.relative, 6)
       ('kernel', 0.1)
     """
-    weights, others = _by_path(params), _by_path(updates)
+    weights, others = flat(params), flat(updates)
     for path in [*weights, *others]:
         shapes = [
             np.shape(of[path]) if path in of else None for of in (weights, others)
@@ -633,15 +631,6 @@ def _rate(path: tuple, ww: float, uu: float, wu: float, learning_rate: Any) -> R
             None if learning_rate is None else learning_rate / ww if ww else nan
         ),
     )
-
-
-def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The arrays of a tree by the names that lead to them."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        found[tuple(names)] = leaf
-    return found
 
 
 @jax.jit

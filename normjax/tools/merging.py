@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from normjax import _check, _moments
+from normjax import _axes, _check, _moments
 from normjax._moments import Moments
 
 
@@ -71,7 +71,8 @@ class Merged:
             mean += share * delta
             var  += share * (m.var - var + (1 - share) * delta**2)
 
-        Each sum is exact: what it rounds off is kept beside it.
+        Each sum is exact: what it rounds off is kept beside it. The products are not,
+        and so the smaller part is merged into the larger: the share is half at most.
         """
         if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(self.mean):
             raise _check.error(
@@ -85,7 +86,9 @@ class Merged:
         fields = (m.count, m.carry, m.var, m.mean, m.rest)
         dtypes = (dtype, dtype, dtype, of_mean, of_mean)
         n, n_rest, of_var, near, far = (
-            jnp.asarray(a).astype(t).reshape(self.mean.shape)
+            _axes.sharded_like(
+                jnp.asarray(a).astype(t).reshape(self.mean.shape), self.mean
+            )
             for a, t in zip(fields, dtypes, strict=True)
         )
 
@@ -93,17 +96,18 @@ class Merged:
         count, count_rest = _moments._exact_sum(
             count, lost + (self.count_rest + n_rest)
         )
-        share = _moments.divided(n, count)
-        off, off_rest = near - self.mean, far - self.mean_rest
+        is_less = n <= self.count
+        share = _moments.divided(jnp.where(is_less, n, self.count), count)
+        old = (self.mean, self.mean_rest, self.var, self.var_rest)
+        new = (near, far, of_var, jnp.zeros_like(of_var))
+        both = [*zip(old, new, strict=True)]
+        mean, mean_rest, var, var_rest = (jnp.where(is_less, a, b) for a, b in both)
+        off, off_rest, more, more_rest = (
+            jnp.where(is_less, b - a, a - b) for a, b in both
+        )
         spread = (1 - share) * _moments.squared(off + off_rest)
-        mean, mean_rest = _added(
-            self.mean, self.mean_rest, _moments.product(share, off)
-        )
-        var, var_rest = _added(
-            self.var,
-            self.var_rest,
-            share * (((of_var - self.var) - self.var_rest) + spread),
-        )
+        mean, mean_rest = _added(mean, mean_rest, _moments.product(share, off))
+        var, var_rest = _added(var, var_rest, share * ((more + more_rest) + spread))
         return dataclasses.replace(
             self,
             count=count,
@@ -162,16 +166,19 @@ class Sweep(NamedTuple):
     rebuilt: Callable[[Mapping[Path, Any]], Any]
 
 
-def check_called(name: str, old: Mapping[Path, Any], called: Mapping) -> None:
-    """Refuses a call of the model that left batch norms out."""
-    left = ["/".join(map(str, path)) for path in old if path not in called]
+def check_called(
+    name: str, old: Mapping[Path, Any], called: Mapping, others: Container[Path] = ()
+) -> None:
+    """Refuses a call of the model that left batch norms out, but not other modules."""
+    left = ["/".join(map(str, p)) for p in old if p not in called and p not in others]
     there = ["/".join(map(str, path)) for path in called]
-    if left and not there:
+    if not there:
         raise _check.error(
             ValueError,
             name,
             "apply must call the model with the variables that it is given",
-            f"a call that reached no batch norm, of {', '.join(left)}",
+            "a call that reached no batch norm of Flax or normjax, of"
+            f" {', '.join('/'.join(map(str, path)) for path in old)}",
             "Leave out what compiled it before for other variables, and use those that"
             " are passed in",
         )
@@ -181,8 +188,9 @@ def check_called(name: str, old: Mapping[Path, Any], called: Mapping) -> None:
             name,
             "apply must call all batch norms that have statistics",
             f"{', '.join(there)} called, {', '.join(left)} not",
-            "Call all of the model (train=True, say), or pass the statistics of what is"
-            " called alone",
+            "Call all of the model (train=True, say), or pass variables without the"
+            " statistics of what is not called; if the model needs those, apply can put"
+            " them back",
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import fnmatch
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
       for nnx of their paths; one that is called often is there once.
 
     Raises:
-      TypeError: if model is neither a linen nor an nnx module.
+      TypeError: if model is neither a linen nor an nnx module, or a linen model's call
+        needs arguments and there are none.
 
     Example:
       >>> import flax.linen as nn
@@ -73,6 +75,8 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
             for path, module in nnx_modules(model)
             if (kind := kind_of(module))
         ]
+    if not args and not kwargs:
+        _check_call(model)
     found: dict[tuple[str, ...], Norm] = {}
 
     def note(module: Any) -> None:
@@ -83,6 +87,24 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
     with substituted(note):
         abstract_init(model, *args, **kwargs)
     return list(found.values())
+
+
+def _check_call(model: Any) -> None:
+    """Refuses a linen model whose call needs arguments, of which there are none."""
+    call = inspect.signature(type(getattr(model, "model", model)).__call__)
+    needed = [
+        p.name
+        for p in list(call.parameters.values())[1:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if needed:
+        raise _check.error(
+            TypeError,
+            "find_norms",
+            "a linen model is called once, to see which norms that reaches",
+            f"no arguments, and {type(model).__name__} needs {', '.join(needed)}",
+            "Pass them after the model, arrays or jax.ShapeDtypeStruct",
+        )
 
 
 def system_of(name: str, model: Any) -> str:
@@ -126,6 +148,14 @@ def patterns(name: str, paths: Any) -> tuple[str, ...]:
             f"paths={paths!r}",
             'Pass "encoder/*", say',
         )
+    if not found:
+        raise _check.error(
+            ValueError,
+            name,
+            "paths must have one pattern at least",
+            f"paths={paths!r}",
+            'Pass "*" for all, or leave it out for none',
+        )
     return tuple(found)
 
 
@@ -140,7 +170,13 @@ def matches(pattern: str, path: tuple[str, ...]) -> bool:
 
 
 def path_of(keys: tuple) -> tuple[str, ...]:
-    """The path in a tree, of keys as JAX has them, as words."""
+    """The path in a tree, of keys as JAX has them, as words.
+
+    Without the last step into what boxes an array: a variable of nnx, a partitioned
+    parameter of linen.
+    """
+    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
     words = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys)
     return tuple(map(str, words))
 
@@ -164,11 +200,12 @@ def is_variable(value: Any) -> bool:
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The arrays of a tree by path, without the last step into what boxes an array."""
+    """The arrays of a tree by their paths, be they boxed, as in a checkpoint of nnx."""
     found = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = path_of(keys)
-        found[names[:-1] if names[-1:] == ("value",) else names] = leaf
+        boxed = len(names) > 1 and names[-1] == "value"
+        found[names[:-1] if boxed else names] = leaf
     return found
 
 
@@ -275,42 +312,60 @@ def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:
     )
 
 
-def nnx_replaced(model: Any, swap: Callable[[tuple, Any], Any]) -> Any:
+def nnx_replaced(
+    model: Any, swap: Callable[[tuple, Any], Any], name: str = "replace"
+) -> Any:
     """A copy of an nnx model, with other modules in place of some.
 
     Args:
       model: the module, which stays as it is.
       swap: takes a path and the module of the copy that is there, and returns what to
         put in all the places where that module is, or None for the module itself.
+      name: of the public function, for its errors.
     """
     from flax import nnx
 
     model = nnx.clone(model)
     modules = list(nnx_modules(model))
     others = {id(m): other for path, m in modules if (other := swap(path, m))}
+    placed = {id(model)}
+    holders = [v for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Pytree)]
     holder: Any
-    for _, holder in modules:
+    for holder in holders:
         for key, value in list(nnx.iter_children(holder)):
             if id(value) not in others:
                 continue
+            placed.add(id(value))
             if isinstance(key, int):  # of a list
                 holder[key] = others[id(value)]
             else:
                 setattr(holder, str(key), others[id(value)])
         for key, value in list(vars(holder).items()):
             # Of plain containers, which are values and are made anew.
-            if not isinstance(value, (tuple, list, dict)):
+            if _is_nnx(value):
                 continue
             held = jax.tree.leaves(value, is_leaf=_is_nnx)
             if any(id(v) in others for v in held):
+                placed |= {id(v) for v in held}
                 new = [others.get(id(v), v) for v in held]
                 structure = jax.tree.structure(value, is_leaf=_is_nnx)
                 setattr(holder, key, nnx.data(jax.tree.unflatten(structure, new)))
+    for path, module in modules:
+        if id(module) in others and id(module) not in placed:
+            raise _check.error(
+                TypeError,
+                name,
+                "what holds a norm must be an nnx.Pytree, such as an nnx.Module, or a"
+                " pytree in one",
+                f"{type(module).__name__} at {'/'.join(map(str, path))} in something"
+                " else",
+                "Let its class inherit from nnx.Pytree",
+            )
     return others.get(id(model), model)
 
 
 def _is_nnx(value: Any) -> bool:
-    """Whether a value is a module or a variable of nnx."""
+    """Whether a value is a node or a variable of nnx, and not a plain container."""
     from flax import nnx
 
-    return isinstance(value, (nnx.Module, nnx.Variable))
+    return isinstance(value, (nnx.Pytree, nnx.Variable))

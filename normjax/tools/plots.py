@@ -54,6 +54,7 @@ def plot(
 
     Raises:
       ImportError: if matplotlib is not installed.
+      FileNotFoundError: if path is in a folder that is not there.
       ValueError: if there is nothing to draw, or the steps saw different norms.
 
     Example:
@@ -109,6 +110,7 @@ def plot_table(rows: Sequence[Row], *, path: str | os.PathLike | None = None) ->
 
     Raises:
       ImportError: if matplotlib is not installed.
+      FileNotFoundError: if path is in a folder that is not there.
       ValueError: if there are no rows.
 
     Example:
@@ -187,7 +189,7 @@ def _figure(name: str, panels: list, title: str | None, path: Any) -> Any:
     if title:
         figure.suptitle(title, fontsize=10)
     if path is not None:
-        _write(figure, pathlib.Path(path))
+        _write(name, figure, pathlib.Path(path))
     return figure
 
 
@@ -204,8 +206,16 @@ def _png(figure: Any) -> bytes:
     return png.getvalue()
 
 
-def _write(figure: Any, path: pathlib.Path) -> None:
+def _write(name: str, figure: Any, path: pathlib.Path) -> None:
     """Writes a picture whole, or not at all."""
+    if not path.parent.is_dir():
+        raise _check.error(
+            FileNotFoundError,
+            name,
+            "path must be in a folder that is there",
+            f"path={str(path)!r}",
+            f"Make the folder {str(path.parent)!r} first",
+        )
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         figure.savefig(unfinished)

@@ -276,14 +276,32 @@ def _swept(sweep: Sweep, batches: Iterable, progress: bool) -> dict[Path, Merged
     merged, shardings = _placed(sweep.merged, batch)
     program = _program(sweep, shardings)
     rest, number = sweep.rest, 0
-    with sweep.context():
-        while batch is not _END:
+    while batch is not _END:
+        _check_batch(batch, number)
+        with sweep.context():  # which is not that of what makes the batches
             merged, rest, finite = program(merged, rest, sweep.fixed, batch)
-            # The next batch is fetched while the device works on this one.
-            following = next(left, _END)
-            _check_finite(sweep, np.asarray(finite), number, batch)
-            batch, number = following, number + 1
+        # The next batch is fetched while the device works on this one.
+        following = next(left, _END)
+        _check_finite(sweep, np.asarray(finite), number, batch)
+        batch, number = following, number + 1
     return sweep.by_path(merged)
+
+
+def _check_batch(batch: Any, number: int) -> None:
+    """Refuses a batch with what no compiled program takes."""
+    for path, a in jax.tree_util.tree_leaves_with_path(batch):
+        try:
+            jax.typeof(a)
+        except TypeError as wrong:
+            raise _check.error(
+                TypeError,
+                _NAME,
+                "batches must be of arrays and numbers, which are traced",
+                f"a value of type {type(a).__name__} in"
+                f" {jax.tree_util.keystr(path) or 'place'} of batch {number}, counted"
+                " from 0",
+                "Leave it out of the batches, or let apply have it from elsewhere",
+            ) from wrong
 
 
 def _program(sweep: Sweep, shardings: Any = None) -> Callable:

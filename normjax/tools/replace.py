@@ -68,9 +68,13 @@ class Rule(NamedTuple):
         """Whether it is about norms such as this one, wherever they are."""
         if not norm.kind or self.old not in ("any", _word(norm.kind)):
             return False
-        switches = _SWITCHES["frozen"].items()
-        frozen = all(getattr(norm.module, k, None) == v for k, v in switches)
-        return frozen or self.new != "unfrozen"
+        return self.new != "unfrozen" or _switches(norm.module) == _SWITCHES["frozen"]
+
+    def may_want(self, names: set[str]) -> bool:
+        """Whether a module with variables of such names may be one that it is about."""
+        if "batch_stats/mean" in names:
+            return self.old in ("any", "batch")
+        return self.old != "batch" and names <= {"params/scale", "params/bias"}
 
     def matches(self, path: tuple[str, ...]) -> bool:
         """Whether it is about norms at this path."""
@@ -186,6 +190,11 @@ def _rule(name: str, old: str, new: Any, paths: Any, fields: dict) -> Rule:
             "Give them to the module itself" if new != "none" else "Leave them out",
         )
     return Rule(name, old, new, paths, fields)
+
+
+def _switches(module: Any) -> dict[str, Any]:
+    """Those fields of a norm by which it uses its statistics, and moves them."""
+    return {name: getattr(module, name, None) for name in _SWITCHES["frozen"]}
 
 
 def _word(kind: str) -> str:
@@ -539,23 +548,21 @@ class Replaced:
                 'Pass paths="*" and no function, or take nn.jit out of the model and'
                 " put jax.jit around apply",
             )
-        steps = [norm]
-        for rule in self.rules:
-            if rule.wants(norm) and rule.matches(norm.path):
-                norm = _new_in_linen(rule, norm)
-            steps.append(norm)
-        self._steps[module.path] = steps
-        return None if norm is steps[0] else functools.partial(_call, norm, module)
+        self._steps[module.path] = steps = _steps_in_linen(self.rules, norm)
+        new = steps[-1]
+        return None if new is norm else functools.partial(_call, new, module)
 
     def _check(self, variables: Mapping) -> None:
         """Refuses patterns without a norm, be it one that this call has not reached."""
         from flax.traverse_util import flatten_dict
 
-        names = flatten_dict(variables)
-        modules = {n[1:-1] for n in names if n[-1] in ("scale", "bias", "mean", "var")}
+        own: dict[tuple, set[str]] = {}
+        for collection, *path, name in flatten_dict(variables):
+            own.setdefault(tuple(path), set()).add(f"{collection}/{name}")
         for i, rule in enumerate(self.rules):
             norms = [steps[i] for steps in self._steps.values() if steps[i].kind]
-            _check_found(rule, norms, modules - set(self._steps))
+            others = {p for p, names in own.items() if rule.may_want(names)}
+            _check_found(rule, norms, others - set(self._steps))
 
 
 def _is_within_nn_jit() -> bool:
@@ -567,6 +574,20 @@ def _is_within_nn_jit() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def _steps_in_linen(rules: tuple[Rule, ...], norm: Norm) -> list[Norm]:
+    """A norm, and what it is after each rule."""
+    steps = [norm]
+    for i, rule in enumerate(rules):
+        if rule.wants(norm) and rule.matches(norm.path):
+            if rule.new == "unfrozen":  # as if nothing had frozen it
+                others = tuple(r for r in rules[:i] if r.new != "frozen")
+                norm = _steps_in_linen(others, steps[0])[-1]
+            if rule.wants(norm):
+                norm = _new_in_linen(rule, norm)
+        steps.append(norm)
+    return steps
 
 
 def _new_in_linen(rule: Rule, norm: Norm) -> Norm:
@@ -685,7 +706,7 @@ def _replaced_in_nnx(model: Any, rule: Rule) -> Any:
             return None
         return _new_in_nnx(rule, at[words]._replace(module=module))
 
-    return nnx_replaced(model, swap)
+    return nnx_replaced(model, swap, rule.name)
 
 
 def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
@@ -711,10 +732,16 @@ def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
         features = old.num_groups * old.group_size
     if of is normjax.nnx.GroupNorm:
         _check_groups(norm, fields, (features,))
+    thawed = getattr(old, "thawed", _SWITCHES["unfrozen"])
+    if rule.new == "unfrozen":
+        fields |= thawed
     takes = inspect.signature(type(old).__call__).parameters
     if "use_running_average" in takes and of is not normjax.nnx.BatchNorm:
         of = _nnx_called_as_batch_norm(of)
     new = of(features, **fields, rngs=nnx.Rngs(0))
+    if _switches(new) == _SWITCHES["frozen"]:  # and may be as it was again
+        is_new = _switches(old) != _SWITCHES["frozen"]
+        new.thawed = _switches(old) if is_new else thawed
     shapes = []
     for name in ("scale", "bias", "mean", "var", "count"):
         if getattr(new, name, None) is not None:

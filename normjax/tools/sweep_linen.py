@@ -69,7 +69,6 @@ def _found(tree: Any, name: str, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         return
     if "mean" in tree and "var" in tree and not isinstance(tree["mean"], Mapping):
         yield path, tree.get(name)
-        return
     for key, value in tree.items():
         yield from _found(value, name, (*path, key))
 
@@ -95,9 +94,11 @@ def sweep_of(
         for path, _ in _found(collection, "mean")
     }
     called: dict[Path, Any] = {}
+    others: set[Path] = set()  # of modules whose mean and var are their own matter
 
     def swap(module: Any) -> Any:
         if kind_of(module) != "BatchNorm":
+            others.add(module.path)
             return None
         names = set(linen.BatchNorm.__dataclass_fields__) - {"parent", "name"}
         fields = fields_of(NAME, module.path, module, names, normalize_with)
@@ -109,7 +110,7 @@ def sweep_of(
     def step(merged: dict, rest: Any, variables: Any, batch: Any) -> tuple[dict, Any]:
         given = {(): {"batch_stats": _with(variables["batch_stats"], beside(merged))}}
         returned = apply(_with(variables, given), batch)
-        check_called(NAME, old, called)
+        check_called(NAME, old, called, others)
         updates = returned[1] if isinstance(returned, tuple) else None
         if not isinstance(updates, Mapping):
             raise _no_updates(f"a result of type {type(returned).__name__}")

@@ -87,7 +87,7 @@ def sweep_of(call: Callable, model: Any, normalize_with: str, number: int) -> Sw
         of.note = lambda: called.setdefault(path, norm)
         return of
 
-    copy = nnx_replaced(model, swap)
+    copy = nnx_replaced(model, swap, NAME)
     random_state = flax_nnx.RngState
     split: Any = flax_nnx.split(copy, MergedStat, random_state, ...)
     graph, merged, random, others = split

@@ -82,7 +82,7 @@ def norm_table(variables: Any) -> list[Row]:
       One `Row` for each norm, sorted by path, numbers in names by their size.
 
     Raises:
-      ValueError: if there is no norm in it.
+      ValueError: if there is no norm in it, or a mean and a var of two shapes.
 
     Example:
       >>> import numpy as np
@@ -101,6 +101,17 @@ def norm_table(variables: Any) -> list[Row]:
             nodes.setdefault(where, {})[name] = np.asarray(value)
         else:
             kernels.add(where)
+    for path, arrays in nodes.items():
+        shapes = [a.shape for name, a in arrays.items() if name in ("mean", "var")]
+        if len(set(shapes)) > 1:
+            raise _check.error(
+                ValueError,
+                "norm_table",
+                "mean and var of a batch norm must have one shape",
+                f"those of {'/'.join(path) or 'BatchNorm'} of shapes"
+                f" {' and '.join(map(str, shapes))}",
+                "Pass the statistics of one model",
+            )
     rows = [
         _row(path, arrays)
         for path, arrays in nodes.items()

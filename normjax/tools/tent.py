@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from normjax import _check, _moments
-from normjax.tools.models import Norm
+from normjax.tools.models import Norm, path_of
 
 
 def entropy(logits: Any) -> jax.Array:
@@ -94,11 +94,11 @@ def tent(optimizer: Any, params: Any, norms: Iterable[Norm]) -> Any:
         tree: Any,
     ) -> Any:  # of parameters, or of what an optimizer makes of them
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "norm" if is_of_norm(_names(path)) else "rest", tree
+            lambda path, _: "norm" if is_of_norm(path_of(path)) else "rest", tree
         )
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    found = {_names(path)[:-1] for path, _ in leaves if is_of_norm(_names(path))}
+    found = {path_of(path)[:-1] for path, _ in leaves if is_of_norm(path_of(path))}
     missing = sorted("/".join(path) for path in paths - found)
     if missing or not paths:
         raise _check.error(
@@ -112,10 +112,3 @@ def tent(optimizer: Any, params: Any, norms: Iterable[Norm]) -> Any:
     return optax.multi_transform(
         {"norm": optimizer, "rest": optax.set_to_zero()}, labels
     )
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    """The names along a path, without that of the value in a variable of nnx."""
-    if isinstance(path[-1], jax.tree_util.GetAttrKey):
-        path = path[:-1]
-    return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
