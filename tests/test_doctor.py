@@ -545,6 +545,110 @@ def test_statistics_that_a_call_does_not_reach_are_named(quick_compile):
     assert report.skipped["few-values"] == "the call does not reach other"
 
 
+# Norms on their running statistics, and layers that others read, too.
+
+
+class Biased(nn.Module):
+    """A layer with a bias, and a norm of what it returns."""
+
+    norm: nn.Module
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(4, name="dense")(x)
+        y = self.norm(h)
+        return y + h if self.residual else y
+
+
+class Teacher(nnx.Module):
+    def __init__(self, norm, *more):
+        self.dense = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.norm, self.more = norm, nnx.List(more)
+
+    def __call__(self, x):
+        for layer in (self.dense, self.norm, *self.more):
+            x = layer(x)
+        return x
+
+
+def teacher(frozen):
+    """A trained norm that is frozen, or in a part of a model that is set to evaluate."""
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    norm.mean[...] = jnp.full(4, 0.1)
+    if frozen:
+        return tools.freeze(Teacher(norm))
+    norm.eval()
+    counted = normjax.nnx.BatchNorm(4, momentum=None, rngs=nnx.Rngs(0))
+    return Teacher(norm, nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(1)), counted)
+
+
+FROZEN = [
+    linen.BatchNorm(normalize_with="running", update_statistics=False, name="norm"),
+    nn.BatchNorm(use_running_average=True, name="norm"),
+]
+
+
+def trained(model, x=X):
+    """Its variables, the statistics of its norm not those of the start."""
+    variables = model.init(jax.random.key(0), x)
+    variables["batch_stats"]["norm"]["mean"] = jnp.full(4, 0.1)
+    return variables
+
+
+@pytest.mark.parametrize("norm", FROZEN)
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_frozen_norm_of_linen_is_not_taken_to_train(norm, n, quick_compile):
+    model, x = Biased(norm), X[:n, 0]
+    report = tools.doctor(model, x, variables=trained(model), steps=100)
+    assert report.findings == ()
+    frozen = "the call has running statistics normalize in norm"
+    names = ("few-values", "bias-before-norm", "momentum-too-slow", "train-eval-gap")
+    assert [report.skipped[k] for k in names] == [frozen] * 4
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_norm_of_nnx_is_not_taken_to_train(frozen, quick_compile):
+    report = tools.doctor(teacher(frozen), X[:, 0], steps=100)
+    found = (
+        set() if frozen else {("never-updated", "more/1"), ("mask-unused", "more/1")}
+    )
+    assert {f for f in named(report) if f[0] != "train-eval-gap"} == found
+    assert report.skipped["few-values"].endswith("normalize in norm")
+
+
+def test_an_nnx_model_that_evaluates_is_called_to_train(quick_compile):
+    model = teacher(False)
+    model.eval()
+    assert ("bias-before-norm", "norm") in named(tools.doctor(model, X[:, 0]))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_bias_that_something_else_reads_changes_something(residual, quick_compile):
+    model = Biased(nn.BatchNorm(use_running_average=False, name="norm"), residual)
+    report = tools.doctor(model, X, variables=trained(model))
+    assert (("bias-before-norm", "norm") in named(report)) is not residual
+
+
+def test_a_mean_that_two_norms_take_off_takes_the_bias_off(quick_compile):
+    class Two(nn.Module):
+        other: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(4)(x)
+            return nn.InstanceNorm(name="norm")(h), self.other(h)
+
+    def found(other):
+        model = Two(other)
+        variables = model.init(jax.random.key(0), X)
+        report = tools.doctor(model, X, variables=variables, steps=0)
+        return {f.path for f in report.findings if f.name == "bias-before-norm"}
+
+    assert found(linen.InstanceNorm(name="other")) == {"norm", "other"}
+    assert found(nn.LayerNorm(name="other")) == set()
+
+
 # How a model is compiled.
 
 

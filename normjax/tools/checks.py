@@ -82,6 +82,18 @@ class Patient:
         """Its path with slashes."""
         return "/".join(self.place)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether it normalizes by its running statistics wherever it is called."""
+        return bool(self.calls) and all(c.running for c in self.calls)
+
+    @property
+    def updated(self) -> bool:
+        """Whether its statistics are updated; a call that is not known may do it."""
+        if self.calls:
+            return any(c.updates for c in self.calls)
+        return _field(self, "update_statistics") is not False
+
 
 @dataclasses.dataclass
 class Case:
@@ -300,14 +312,14 @@ def _updated_twice(case: Case) -> Iterator[Finding | str]:
                 "Give each place that calls it a norm of its own, or call it once",
                 "error",
             )
-        elif not norm.updates and norm.after_step != "left" and not _frozen(norm):
+        elif (
+            not norm.updates
+            and norm.after_step != "left"
+            and _field(norm, "update_statistics") is not False
+        ):
             quiet.append(norm.path)
     if quiet:
         yield f"no statistics are updated by the call, of {', '.join(quiet)}"
-
-
-def _frozen(norm: Patient) -> bool:
-    return _field(norm, "update_statistics") is False
 
 
 @_check_for("replicas-differ", "devices")
@@ -402,7 +414,7 @@ def _dead_channels(case: Case) -> Iterator[Finding | str]:
     for norm in case.norms:
         if not norm.calls:
             continue
-        if _all_finite(norm.batch):
+        if _all_finite(norm.batch) and not norm.frozen:
             mean, var = norm.batch["mean"], norm.batch["var"]
             # What the rounding of a mean makes of values that are all the same.
             constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2
@@ -430,7 +442,9 @@ def _no_life(norm: Patient, what: str) -> Finding:
 @_check_for("train-eval-gap", "outputs")
 def _train_eval(case: Case) -> Iterator[Finding | str]:
     gap = case.gap
-    off = {n.path: _off(n) for n in case.running if _all_finite(n.batch)}
+    off = {
+        n.path: _off(n) for n in case.running if _all_finite(n.batch) and not n.frozen
+    }
     if not off or gap is None or not gap > GAP:
         return
     worst = max(off, key=lambda path: sum(off[path]))
@@ -465,7 +479,7 @@ def _slow(case: Case) -> Iterator[Finding | str]:
     assert case.steps is not None
     for norm in case.norms:
         momentum = _momentum(case, norm) if norm.kind == "BatchNorm" else None
-        if momentum is None or "count" in norm.values or _frozen(norm):
+        if momentum is None or "count" in norm.values or not norm.updated:
             continue  # of the start nothing is left where updates are counted
         left = momentum**case.steps
         if case.steps > 0 and left > START_LEFT:
@@ -485,12 +499,13 @@ def _slow(case: Case) -> Iterator[Finding | str]:
 def _few(case: Case) -> Iterator[Finding | str]:
     synced = []
     for norm in case.norms:
-        if norm.kind != "BatchNorm" or not norm.calls:
+        shapes = [c.shape for c in norm.calls if not c.running]
+        if norm.kind != "BatchNorm" or not shapes:
             continue
         if _field(norm, "axis_name") is not None:
             synced.append(norm.path)
             continue
-        shape = min((c.shape for c in norm.calls), key=lambda s: _values(norm, s))
+        shape = min(shapes, key=lambda s: _values(norm, s))
         n = _values(norm, shape)
         if n < VALUES:
             yield Finding(
@@ -509,22 +524,15 @@ def _few(case: Case) -> Iterator[Finding | str]:
 @_check_for("bias-before-norm", "call")
 def _bias(case: Case) -> Iterator[Finding | str]:
     for norm in case.norms:
-        # A bias of each feature is part of the mean that these take off.
-        features = {"BatchNorm": "axis", "InstanceNorm": "feature_axes"}
-        if norm.kind not in features:
-            continue
-        axes = _field(norm, features[norm.kind])
-        for call in norm.calls:
-            last = {-1, len(call.shape) - 1}
-            if call.after and axes in (*last, *((a,) for a in last), [-1]):
-                yield Finding(
-                    "bias-before-norm",
-                    norm.path,
-                    f"the bias of {'/'.join(call.after)} right before it changes"
-                    " nothing, since the mean is taken off",
-                    f"Pass use_bias=False to {'/'.join(call.after)}",
-                    "warning",
-                )
+        for layer in dict.fromkeys(c.after for c in norm.calls if c.after):
+            yield Finding(
+                "bias-before-norm",
+                norm.path,
+                f"the bias of {'/'.join(layer)} right before it changes nothing, since"
+                " the mean is taken off",
+                f"Pass use_bias=False to {'/'.join(layer)}",
+                "warning",
+            )
 
 
 @_check_for("norm-decayed", "optimizer")
@@ -631,7 +639,8 @@ def _one(case: Case) -> Iterator[Finding | str]:
 @_check_for("mask-unused", "call")
 def _mask(case: Case) -> Iterator[Finding | str]:
     for norm in case.norms:
-        for call in dict.fromkeys(c for c in norm.calls if not c.masked):
+        plain = [c for c in norm.calls if not c.masked and (c.updates or not c.running)]
+        for call in dict.fromkeys(plain):
             axes = reduced(norm, call.shape)
             for axis, (what, (n, shape)) in enumerate(
                 (k, case.padding.get(k, (0, None))) for k in ("samples", "positions")

@@ -161,6 +161,7 @@ def doctor(
     else:
         case = _of_tree(model, args, kwargs, variables, step, stacked, given)
     findings, skipped = [], {}
+    frozen = ", ".join(n.path for n in case.norms if n.frozen)
     for name, (need, check) in checks.CHECKS.items():
         if why := case.lacks(need):
             skipped[name] = why
@@ -171,6 +172,8 @@ def doctor(
         unreached = [n.path for n in case.norms if not n.calls]
         if need in ("call", "outputs") and unreached:
             said.append(f"the call does not reach {', '.join(unreached)}")
+        if need in ("call", "outputs", "steps") and frozen:
+            said.append(f"the call has running statistics normalize in {frozen}")
         if said:
             skipped[name] = "; ".join(said)
     return Report(tuple(findings), skipped, len(case.norms))
