@@ -1,9 +1,9 @@
 """What the norms of a model are called with, and what comes of it.
 
-A model is called with its own modules, and each batch norm among them is made to
-normalize with the statistics that are asked for, whatever flags it is called with. What
-is measured leaves a model, however it is compiled, scanned or vmapped, as statistics
-do: beside ``mean`` and ``var``, by names of its own.
+A model is called with its own modules, and all batch norms among them are made to
+normalize by running statistics where that is asked for. What is measured leaves a model,
+however it is compiled, scanned or vmapped, as statistics do: beside ``mean`` and
+``var``, by names of its own.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 from jax.ad_checkpoint import checkpoint_name
 
 from normjax import _check, _module, _norms
@@ -53,8 +52,9 @@ class Watch:
     """Notes the norms that are called while it is on.
 
     Attributes:
-      mode: "batch" or "running", the statistics that batch norms are to normalize
-        with, whatever the model says; or "own": as it says.
+      mode: "batch": batch norms normalize as the model says, but by themselves on each
+        device, and moments are measured; "running": by running statistics, whatever it
+        says; "own": as it says.
       seen: the calls of each norm, by path; those of a loop's body once.
       found: the kind of each norm, and the module bound to no variables; of linen.
     """
@@ -414,8 +414,10 @@ class Measured(NamedTuple):
       found: the kind and the module of each, of linen.
       statistics: the tree of statistics, with what was measured beside them.
       gap: the largest difference of an output under batch and under running statistics,
-        over that output's spread; None where no output is floating.
-      finite: whether the outputs are, under both.
+        over that output's spread; None where no output is floating and has the axis of
+        the batch.
+      finite: whether no output is NaN or infinite, under both. Minus infinity may be
+        what a mask makes of logits.
       slopes: the gradient of some sum of all outputs in each parameter, under running
         statistics; None where no output is floating.
     """
@@ -449,15 +451,21 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
             jnp.cos(jnp.arange(1.0, y.size + 1)).reshape(y.shape).astype(y.dtype)
             for y in running
         ]
-        gaps = [_gap(b, r) for b, r in zip(batch, running, strict=True)]
-        finite = [jnp.isfinite(a).all() for a in (*batch, *running)]
+        gaps = [
+            _gap(b, r)
+            for b, r in zip(batch, running, strict=True)
+            if b.ndim and len(b) and len(b) % samples == 0
+        ]
+        finite = [(jnp.isfinite(a) | (a == -jnp.inf)).all() for a in (*batch, *running)]
         return (
             statistics,
-            jnp.stack(gaps).max(),
+            jnp.stack(gaps).max() if gaps else None,
             jnp.stack(finite).all(),
             pull(weights)[0],
         )
 
+    lengths = [jnp.shape(a)[0] for a in jax.tree.leaves((args, kwargs)) if jnp.ndim(a)]
+    samples = max(1, *lengths[:1])  # the batch of data comes first
     arrays, rebuilt = models.arrays_of((params, rest, args, kwargs))
     run = jax.jit(lambda arrays: program(*rebuilt(arrays))).trace(arrays)
     statistics, gap, finite, slopes = run.lower().compile()(arrays)
@@ -487,9 +495,12 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
 
 def _gap(batch: jax.Array, running: jax.Array) -> jax.Array:
     """The root mean square of what differs, over that of the spread over the batch."""
-    centered = batch - batch.mean(0) if batch.ndim and len(batch) > 1 else batch
+    there = jnp.isfinite(batch) & jnp.isfinite(running)
+    batch, running = (jnp.where(there, a, 0) for a in (batch, running))
+    centered = batch - batch.mean(0) if len(batch) > 1 else batch
     off, spread = ((jnp.abs(a) ** 2).mean() for a in (batch - running, centered))
-    return jnp.where(off > 0, jnp.sqrt(off / spread), 0).astype(jnp.float32)
+    of = jnp.where(spread > 0, spread, jnp.inf)  # what is always the same shows nothing
+    return jnp.sqrt(off / of).astype(jnp.float32)
 
 
 def _linen_parts(model: Any, variables: Any) -> tuple[Any, Any, Callable]:

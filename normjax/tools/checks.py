@@ -17,6 +17,7 @@ from normjax.tools import models, replicas
 START_LEFT = 0.05  # part of their start, 0 and 1, that is left in the statistics
 VALUES = 16  # of one statistic: the mean of fewer is off by a quarter deviation
 GAP = 0.5  # of an output's spread: outputs under batch and running statistics
+NOISE = 3.0  # by chance no statistics of n samples are so many times 1 / sqrt(n) off
 NEAR_ZERO = 0.01  # of epsilon: a channel whose output is its bias, but for a tenth
 HUGE = 1e8  # of a variance: values of ten thousands
 PROBES = 128  # updates of an optimizer: those that accumulate or warm up come to act
@@ -110,8 +111,9 @@ class Case:
       stacked: whether arrays have the replicas first.
       called: whether the model was called.
       gap: between outputs under batch and under running statistics, over their spread;
-        None where none is floating.
-      finite: whether outputs are.
+        None where no output is floating and has the axis of the batch.
+      differentiated: whether gradients are known, of outputs that are floating.
+      finite: whether outputs are, or minus infinity.
       padding: "samples" or "positions", to how many are padding and the axes they are
         on.
     """
@@ -126,6 +128,7 @@ class Case:
     stacked: bool = False
     called: bool = False
     gap: float | None = None
+    differentiated: bool = False
     finite: bool = True
     padding: dict[str, tuple] = dataclasses.field(default_factory=dict)
 
@@ -143,6 +146,7 @@ class Case:
             "statistics": statistics,
             "call": self.called,
             "outputs": self.gap is not None,
+            "gradients": self.differentiated,
             "updates": self.called or any(n.updates is not None for n in self.norms),
             "optimizer": self.optimizer is not None and self.params is not None,
             "steps": self.steps is not None and momentum,
@@ -154,7 +158,9 @@ class Case:
 _NEEDS = {
     "statistics": "there is no mean beside a var in the tree",
     "call": "needs the model, and the arguments of its call while training",
-    "outputs": "needs the model, arguments of its call, and an output that is floating",
+    "outputs": "needs the model, arguments of its call, and an output that is floating"
+    " and has the axis of the batch",
+    "gradients": "needs the model, arguments of its call, and an output that is floating",
     "updates": "needs the model, and the arguments of its call while training",
     "optimizer": "needs optimizer=, the optax transformation, and the params",
     "steps": "needs steps=, of the training so far, and for a tree momentum=",
@@ -372,7 +378,7 @@ def _not_finite(case: Case) -> Iterator[Finding | str]:
         yield Finding(
             "not-finite",
             "",
-            "an output is NaN or infinite, while what its norms hold is finite",
+            "an output is NaN or plus infinity, while what its norms hold is finite",
             _DEBUG,
             "error",
         )
@@ -409,23 +415,33 @@ def _variance(case: Case) -> Iterator[Finding | str]:
                 yield Finding("extreme-variance", norm.path, what, todo, severity)
 
 
-@_check_for("dead-channels", "outputs")
+_NEW = "before the first step it is the initialization that shows"
+
+
+@_check_for("dead-channels", "gradients")
 def _dead_channels(case: Case) -> Iterator[Finding | str]:
+    if case.steps == 0:
+        yield _NEW
+        return
     for norm in case.norms:
-        if not norm.calls:
-            continue
         if _all_finite(norm.batch) and not norm.frozen:
             mean, var = norm.batch["mean"], norm.batch["var"]
             # What the rounding of a mean makes of values that are all the same.
             constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2
-            if constant.any():
+            if constant.any() and _each(norm, constant) >= VALUES:
                 what = f"x is constant over the batch in {_channels(constant)}"
                 yield _no_life(norm, what)
         if norm.slopes:
             dead = np.all([a == 0 for a in norm.slopes.values()], axis=0)
-            if dead.any():
-                what = f"no output of the model depends on {_channels(dead)}"
+            # Of none: what comes after it has no gradient, by design or as a whole.
+            if dead.any() and not dead.all() and _each(norm, dead) >= VALUES:
+                what = f"no gradient of an output reaches {_channels(dead)}"
                 yield _no_life(norm, what)
+
+
+def _each(norm: Patient, channels: np.ndarray) -> int:
+    """How many values of x there are of each channel, in all calls."""
+    return sum(math.prod(c.shape) for c in norm.calls) // channels.size
 
 
 def _no_life(norm: Patient, what: str) -> Finding:
@@ -441,9 +457,14 @@ def _no_life(norm: Patient, what: str) -> Finding:
 
 @_check_for("train-eval-gap", "outputs")
 def _train_eval(case: Case) -> Iterator[Finding | str]:
+    if case.steps == 0:
+        yield _NEW
+        return
     gap = case.gap
     off = {
-        n.path: _off(n) for n in case.running if _all_finite(n.batch) and not n.frozen
+        n.path: _off(n)
+        for n in case.running
+        if _all_finite(n.batch) and not n.frozen and max(_off(n)) > _noise(n)
     }
     if not off or gap is None or not gap > GAP:
         return
@@ -459,6 +480,18 @@ def _train_eval(case: Case) -> Iterator[Finding | str]:
         " for data of another kind, over those",
         "warning",
     )
+
+
+def _noise(norm: Patient) -> float:
+    """How far statistics of a batch are off by chance; in units of `_off`.
+
+    The values of one sample are alike, and count as one.
+    """
+    samples = max(
+        call.shape[0] if 0 in reduced(norm, call.shape) else _values(norm, call.shape)
+        for call in norm.calls
+    )
+    return NOISE / math.sqrt(samples)
 
 
 def _off(norm: Patient) -> tuple[float, float]:

@@ -105,17 +105,18 @@ def doctor(
 ) -> Report:
     """Looks for what goes wrong with norms, and says what to type against it.
 
-    A model is called twice in one compiled program, its batch norms once with the
-    statistics of the batch and once with the running ones, whatever its flags say; what
-    it is given is never changed. The faults are in a table of the documentation, and a
-    report names the checks that could not be made.
+    A model is called twice in one compiled program, once as its arguments have it and
+    once with running statistics in all batch norms; what it is given is never changed.
+    The faults are in a table of the documentation, and a report names the checks that
+    could not be made.
 
     Args:
       model: a linen or nnx module; or variables alone: of linen, an nnx state, or what
         a checkpoint holds, in which norms are known by a mean beside a var, or by a
         scale with at most a bias.
       *args: arguments of the model's call while training, a batch of data first. An nnx
-        model is called in training mode. None: what needs a call is not checked.
+        model is set to train, unless some of its batch norms are. None: what needs a
+        call is not checked.
       variables: for linen: the variables.
       optimizer: an optax transformation or an ``nnx.Optimizer``, which is asked what it
         does to parameters of norms whose gradients are zero.
@@ -170,7 +171,7 @@ def doctor(
         findings += [f for f in found if isinstance(f, Finding)]
         said = [why for why in found if isinstance(why, str)]
         unreached = [n.path for n in case.norms if not n.calls]
-        if need in ("call", "outputs") and unreached:
+        if need in ("call", "outputs", "gradients") and unreached:
             said.append(f"the call does not reach {', '.join(unreached)}")
         if need in ("call", "outputs", "steps") and frozen:
             said.append(f"the call has running statistics normalize in {frozen}")
@@ -308,6 +309,7 @@ def _enter(case: Case, measured: calls.Measured) -> None:
     statistics = models.flat(measured.statistics)
     slopes = models.flat(measured.slopes)
     case.called, case.gap, case.finite = True, measured.gap, measured.finite
+    case.differentiated = measured.slopes is not None
     for norm in case.norms:
         if norm.place not in measured.seen:
             continue
