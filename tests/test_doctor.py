@@ -426,8 +426,9 @@ def test_a_fault_of_a_tree_is_found_and_none_in_a_sound_one(leaves, steps, name,
     assert tools.doctor(tree(**sound), steps=30, momentum=0.9).findings == ()
 
 
-def test_a_model_before_its_first_step_is_sound():
-    assert tools.doctor(tree(**START), steps=0).findings == ()
+@pytest.mark.parametrize("scale", [np.ones(3), np.arange(3.0)])
+def test_a_model_before_its_first_step_is_sound(scale):
+    assert tools.doctor(tree(**START, scale=scale), steps=0).findings == ()
 
 
 def test_an_optimizers_moments_are_no_statistics():
@@ -858,6 +859,8 @@ def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays):
         ([[5, 3, 1, 0], [2, 9, 2, 0], [4, 4, 4, 0]], {}),  # all alike: no padding
         ([[5, 3], [2, 1], [0, 0]], {"samples": (1, (3,))}),
         ([[0, 3], [0, 1]], {}),
+        ([[5, 3, 0, 0], [2, 0, 3, 0], [4, 4, 4, 1]], {}),  # 0 is a word like others
+        ([[5, 3, 2, 0], [2, 1, 3, 7], [4, 4, 4, 1]], {}),  # one 0 may be by chance
     ],
 )
 def test_padding_is_known_by_zeros_at_the_end(tokens, found):
@@ -865,7 +868,37 @@ def test_padding_is_known_by_zeros_at_the_end(tokens, found):
     labels, ok = np.zeros(3), np.zeros((3, 4), bool)
     assert tools_padding(((tokens, labels, ok), {"train": True})) == found
     floats = np.tile(tokens[..., None].astype(np.float32), 2)
-    assert tools_padding(((floats,), {})) == found
+    key = jax.random.split(jax.random.key(0), 3)
+    assert tools_padding(((floats,), {"key": key})) == found
+
+
+def test_samples_are_padding_where_all_inputs_are_zero():
+    x = np.array([[1.0, 2], [3, 4], [0, 0]])
+    other = np.ones((2, 5))  # of another length
+    for label, found in [(0, {"samples": (1, (3,))}), (1, {})]:
+        labels = np.array([[1], [0], [label]])
+        assert tools_padding(((x, labels, other), {})) == found
+        assert tools_padding(((labels[:, 0], x), {})) == found
+
+
+def test_rows_of_images_are_no_positions(quick_compile):
+    class Rows(nn.Module):
+        channels: bool
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, name="norm")(
+                x[..., None] if self.channels else x
+            )
+
+    x = np.array(X[:14])
+    x[3:8, 4:] = 0
+    for channels in (True, False):
+        model = Rows(channels)
+        variables = model.init(jax.random.key(0), x)
+        report = tools.doctor(model, x, variables=variables, steps=0)
+        found = {("mask-unused", "norm")}
+        assert named(report) == (set() if channels else found)
 
 
 def tools_padding(arguments):

@@ -1,8 +1,8 @@
 """What the norms of a model are called with, and what comes of it.
 
 A model is called with its own modules, and all batch norms among them are made to
-normalize by running statistics where that is asked for. What is measured leaves a model,
-however it is compiled, scanned or vmapped, as statistics do: beside ``mean`` and
+normalize by running statistics where that is asked for. What is measured leaves a
+model, however it is compiled, scanned or vmapped, as statistics do: beside ``mean`` and
 ``var``, by names of its own.
 """
 

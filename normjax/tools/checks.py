@@ -160,7 +160,7 @@ _NEEDS = {
     "call": "needs the model, and the arguments of its call while training",
     "outputs": "needs the model, arguments of its call, and an output that is floating"
     " and has the axis of the batch",
-    "gradients": "needs the model, arguments of its call, and an output that is floating",
+    "gradients": "needs the model, arguments of its call, and a floating output",
     "updates": "needs the model, and the arguments of its call while training",
     "optimizer": "needs optimizer=, the optax transformation, and the params",
     "steps": "needs steps=, of the training so far, and for a tree momentum=",
@@ -277,7 +277,7 @@ def _trained(norm: Patient) -> bool:
 @_check_for("never-updated", "statistics")
 def _never_updated(case: Case) -> Iterator[Finding | str]:
     for norm in case.running:
-        if _at_start(norm) and case.steps != 0 and not _dropped(norm):
+        if _at_start(norm) and case.steps != 0 and not _dropped(norm, case.steps):
             yield Finding(
                 "never-updated",
                 norm.path,
@@ -290,16 +290,17 @@ def _never_updated(case: Case) -> Iterator[Finding | str]:
 @_check_for("update-dropped", "statistics")
 def _update_dropped(case: Case) -> Iterator[Finding | str]:
     for norm in case.running:
-        if what := _dropped(norm):
+        if what := _dropped(norm, case.steps):
             todo = _RETURN.get(case.system or "", _KEEP_EITHER)
             yield Finding("update-dropped", norm.path, what, todo, "error")
 
 
-def _dropped(norm: Patient) -> str:
+def _dropped(norm: Patient, steps: int | None) -> str:
     """What shows that updates of the statistics were lost; empty if nothing does."""
     if norm.after_step == "left":
         return "a step updates mean and var, and they are as before after it"
-    if norm.after_step is None and _at_start(norm) and _trained(norm):
+    new = norm.after_step is not None or steps == 0
+    if not new and _at_start(norm) and _trained(norm):
         return "mean is 0 and var is 1 as at the start, while scale or bias has moved"
     return ""
 
@@ -678,6 +679,8 @@ def _mask(case: Case) -> Iterator[Finding | str]:
             for axis, (what, (n, shape)) in enumerate(
                 (k, case.padding.get(k, (0, None))) for k in ("samples", "positions")
             ):
+                if what == "positions" and len(call.shape) != 3:
+                    continue  # of [N, T, C] alone: images are [N, H, W, C]
                 if n and axis in axes and call.shape[: axis + 1] == shape:
                     yield Finding(
                         "mask-unused",

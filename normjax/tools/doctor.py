@@ -442,23 +442,38 @@ def _argument(path: tuple) -> str:
 def _padding(tree: Any) -> dict[str, tuple]:
     """Padding in arguments: zeros at the end, of samples and of positions.
 
-    Samples at the end that are all zero; or, in arrays [N, T] of integers and [N, T, C]
-    of floats, positions at the end that are all zero, not equally many in all samples.
+    Samples at the end that are all zero, in all arguments together; or, in arrays
+    [N, T] of integers and [N, T, C] of floats, positions at the end that are all zero,
+    while none before is, not equally many in all samples, and two or more in some. Of
+    tokens that means that 0, where it is one, is a word like others: it comes anywhere.
     """
-    found = {}
-    for a in jax.tree.leaves(tree):
-        if not hasattr(a, "dtype") or a.dtype == bool or np.ndim(a) < 2:
+    arrays = [a for a in jax.tree.leaves(tree) if _is_data(a)]
+    batch = next((len(a) for a in arrays if a.ndim > 1), 0)
+    there = [(a, np.asarray(a) != 0) for a in arrays if len(a) == batch]
+    if not batch:
+        return {}
+    found: dict[str, tuple] = {}
+    ends = [_zeros_at_end(of.reshape(1, batch, -1).any(-1))[0] for _, of in there]
+    n = int(min(ends))
+    if 0 < n < batch:
+        found["samples"] = (n, (batch,))
+    for a, of in there:
+        if a.ndim != (2 if np.issubdtype(a.dtype, np.integer) else 3):
             continue
-        whole = np.issubdtype(a.dtype, np.integer)
-        a = np.asarray(a) != 0
-        n = _zeros_at_end(a.reshape(1, len(a), -1).any(-1))[0]
-        if 0 < n < len(a):
-            found["samples"] = (n, a.shape[:1])
-        if a.ndim == (2 if whole else 3):
-            at_end = _zeros_at_end(a.reshape(*a.shape[:2], -1).any(-1)[: len(a) - n])
-            if len(set(at_end)) > 1:
-                found["positions"] = (int(at_end.sum()), a.shape[:2])
+        of = of.reshape(*a.shape[:2], -1).any(-1)[: batch - n]
+        at_end = _zeros_at_end(of)
+        padded = len(set(at_end)) > 1 and max(at_end) > 1
+        if padded and at_end.sum() == (~of).sum():
+            found["positions"] = (int(at_end.sum()), a.shape[:2])
     return found
+
+
+def _is_data(a: Any) -> bool:
+    """Whether something is an array with an axis of samples; no random key is."""
+    numeric = hasattr(a, "dtype") and (
+        a.dtype == bool or jnp.issubdtype(a.dtype, jnp.number)
+    )
+    return numeric and np.ndim(a) > 0
 
 
 def _zeros_at_end(there: np.ndarray) -> np.ndarray:
