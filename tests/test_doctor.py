@@ -821,7 +821,7 @@ def test_threads_do_not_see_each_others_norms(quick_compile):
 PARAMS = {"dense": {"kernel": np.ones((3, 3), np.float32)}}
 PARAMS |= {"n": {k: np.ones(3, np.float32) for k in ("scale", "bias")}}
 KERNELS = {"dense": {"kernel": True}, "n": {"scale": False, "bias": False}}
-LATE = optax.linear_schedule(0.0, 1e-3, 100)
+LATE = optax.linear_schedule(0.0, 1e-3, 100, 10)
 
 
 @pytest.mark.parametrize(
@@ -840,13 +840,31 @@ LATE = optax.linear_schedule(0.0, 1e-3, 100)
         (optax.adam(1e-3), False),
         (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), False),
         (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), False),
+        (optax.contrib.prodigy(), False),  # updates are NaN
+        (optax.contrib.schedule_free_adamw(1e-3), False),  # updates are rounding
+        (
+            optax.multi_transform(
+                {"norm": optax.adamw(LATE), "rest": optax.adamw(1e-3)},
+                {"dense": "rest", "n": "norm"},
+            ),
+            True,
+        ),
     ],
 )
-def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays):
+def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays, quick_compile):
     stats = {"n": {"mean": np.ones(3), "var": np.ones(3)}}
     report = tools.doctor({"params": PARAMS, "batch_stats": stats}, optimizer=tx)
     assert named(report) == ({("norm-decayed", "n")} if decays else set())
     assert "norm-decayed" not in report.skipped
+
+
+def test_an_optimizer_that_needs_more_is_not_asked():
+    tx = optax.chain(optax.adamw(1e-3), optax.contrib.reduce_on_plateau())
+    report = tools.doctor({"params": PARAMS}, optimizer=tx)
+    assert report.findings == ()
+    assert report.skipped["norm-decayed"].startswith(
+        "the optimizer does not take gradients and parameters alone: TypeError: "
+    )
 
 
 # Padding.

@@ -20,7 +20,8 @@ GAP = 0.5  # of an output's spread: outputs under batch and running statistics
 NOISE = 3.0  # by chance no statistics of n samples are so many times 1 / sqrt(n) off
 NEAR_ZERO = 0.01  # of epsilon: a channel whose output is its bias, but for a tenth
 HUGE = 1e8  # of a variance: values of ten thousands
-PROBES = 128  # updates of an optimizer: those that accumulate or warm up come to act
+PROBES = 1024  # updates of an optimizer: those that accumulate or warm up come to act
+ROUNDING = 64 * float(np.finfo(np.float64).eps)  # of a parameter, in one update
 
 
 class Finding(NamedTuple):
@@ -571,9 +572,13 @@ def _bias(case: Case) -> Iterator[Finding | str]:
 
 @_check_for("norm-decayed", "optimizer")
 def _decay(case: Case) -> Iterator[Finding | str]:
-    decayed = _decayed(case.optimizer, case.params)
+    places = {(*n.place, k) for n in case.norms for k in ("scale", "bias")}
+    decayed = _decayed(_transformation(case.optimizer), case.params, places)
+    if isinstance(decayed, str):
+        yield decayed
+        return
     for norm in case.norms:
-        names = [k for k in ("scale", "bias") if decayed.get((*norm.place, k))]
+        names = [k for k in ("scale", "bias") if (*norm.place, k) in decayed]
         if names:
             yield Finding(
                 "norm-decayed",
@@ -586,12 +591,7 @@ def _decay(case: Case) -> Iterator[Finding | str]:
             )
 
 
-def _decayed(optimizer: Any, params: Any) -> dict[tuple[str, ...], bool]:
-    """Which parameters an optimizer moves, whose gradients are zero, by path.
-
-    Moves that are the same for parameters of 0 and of 1 are of noise, not of decay. The
-    arrays are small ones of the same rank: what counts are their places and ranks.
-    """
+def _transformation(optimizer: Any) -> Any:
     tx = getattr(optimizer, "tx", optimizer)
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise _check.error(
@@ -601,29 +601,76 @@ def _decayed(optimizer: Any, params: Any) -> dict[tuple[str, ...], bool]:
             f"{type(optimizer).__name__}",
             "Pass optax.adamw(...), say",
         )
+    return tx
+
+
+def _decayed(tx: Any, params: Any, places: set) -> set[tuple[str, ...]] | str:
+    """Which parameters of some places an optimizer moves, whose gradients are zero.
+
+    Or why it cannot be asked.
+
+    Moves that are the same for parameters of 0 and of 1 are of noise, not of decay; and
+    some optimizers divide by gradients. The arrays are small ones of the same rank:
+    what counts are their places and ranks. In float64 no decay is as small as rounding.
+    """
 
     def filled(value: float) -> Any:
         small = [
-            tuple(min(n, 2) for n in jnp.shape(a)) for a in jax.tree.leaves(params)
+            jnp.full([min(n, 2) for n in jnp.shape(a)], value, _wide_dtype(a))
+            for a in jax.tree.leaves(params)
         ]
-        dtypes = [jnp.result_type(a) for a in jax.tree.leaves(params)]
-        leaves = [jnp.full(s, value, d) for s, d in zip(small, dtypes, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return jax.tree.unflatten(jax.tree.structure(params), small)
 
-    zeros, ones = filled(0), filled(1)
-    states = [tx.init(zeros), tx.init(ones)]
-    update = jax.jit(tx.update)
-    moved = dict.fromkeys(models.flat(params), False)
-    for _ in range(PROBES):
-        moves = []
-        for i, p in enumerate((zeros, ones)):
-            of, states[i] = update(zeros, states[i], p)
-            moves.append(models.flat(of))
-        for path, at_zero in moves[0].items():
-            moved[path] |= bool((np.asarray(at_zero) != moves[1][path]).any())
-        if any(moved.values()):
-            return moved
-    return moved
+    def update(state: Any, p: Any) -> tuple[Any, Any]:
+        moves, new = tx.update(filled(0), state, p)
+        return moves, jax.tree.map(_as, new, state)
+
+    def probed(carry: tuple) -> tuple:
+        i, states, moved = carry
+        both = [update(s, filled(v)) for v, s in enumerate(states)]
+        moves = [models.flat(of) for of, _ in both]
+        moved = {
+            path: before | _differ(moves[0][path], moves[1][path])
+            for path, before in moved.items()
+        }
+        return i + 1, [state for _, state in both], moved
+
+    def goes_on(carry: tuple) -> jax.Array:
+        i, _, moved = carry
+        return (i < PROBES) & ~jnp.stack([*moved.values()]).all()
+
+    with jax.enable_x64(True):
+        try:
+            states = [jax.tree.map(jnp.asarray, tx.init(filled(v))) for v in (0, 1)]
+            moved = {k: jnp.bool_(False) for k in models.flat(params) if k in places}
+            if not moved:
+                return set()
+            run = jax.jit(lambda *carry: jax.lax.while_loop(goes_on, probed, carry))
+            _, _, moved = run(0, states, moved)
+        # Whatever it is made of may raise anything.
+        except Exception as fault:
+            said = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+            return f"the optimizer does not take gradients and parameters alone: {said}"
+    return {path for path, of in moved.items() if of}
+
+
+def _wide_dtype(a: Any) -> Any:
+    dtype = jnp.result_type(a)
+    return jnp.promote_types(dtype, jnp.float64) if _is_inexact(dtype) else dtype
+
+
+def _is_inexact(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def _as(new: Any, old: Any) -> Any:
+    """A state in the dtype that it had, as a loop needs it."""
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def _differ(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Whether moves differ by more than the rounding of parameters of 1."""
+    return (jnp.isfinite(a) & jnp.isfinite(b) & (jnp.abs(a - b) > ROUNDING)).any()
 
 
 @_check_for("half-precision", "statistics")
