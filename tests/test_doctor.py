@@ -431,10 +431,37 @@ def test_a_model_before_its_first_step_is_sound(scale):
     assert tools.doctor(tree(**START, scale=scale), steps=0).findings == ()
 
 
-def test_an_optimizers_moments_are_no_statistics():
-    given = tree() | {"opt_state": {"0": {"mu": {"a": {"scale": np.full(3, np.nan)}}}}}
-    report = tools.doctor(given)
+OF = tree(scale=np.arange(3.0), bias=np.ones(3))
+MOMENTS = jax.tree.map(np.zeros_like, OF["params"])
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"opt_state": {"0": {"mu": {"a": {"scale": np.full(3, np.nan)}}}}},
+        {"optimizer": {"0": {"mu": {"params": MOMENTS}}}},
+        {"opt": {"0": {"trace": MOMENTS}}},
+        {"state": {"0": {"mu": {"n": MOMENTS["a"]}, "nu": {"n": MOMENTS["a"]}}}},
+    ],
+)
+def test_an_optimizers_moments_are_no_statistics(kept):
+    report = tools.doctor(OF | kept)
     assert (report.findings, report.norms) == ((), 1)
+
+
+@pytest.mark.parametrize("name", ["mu", "nu", "trace", "opt", "opt_state"])
+def test_a_module_may_have_the_name_of_a_moment(name):
+    """As the head of a variational autoencoder, beside one of the same arrays."""
+    bad = tree(var=np.full(3, np.nan))["batch_stats"]["a"]
+    params, stats = OF["params"]["a"], OF["batch_stats"]["a"]
+    given = {
+        "params": {name: params, "logvar": params},
+        "batch_stats": {name: bad, "logvar": stats},
+    }
+    report = tools.doctor(given)
+    assert named(report) == {("not-finite", f"{name}/n")} and report.norms == 2
+    if not name.startswith("opt"):
+        assert named(tools.doctor({name: bad, "logvar": stats})) == named(report)
 
 
 @pytest.mark.parametrize("collection", ["batch_stats", "stats"])
@@ -494,6 +521,18 @@ def test_replicas_that_differ_are_found(stacked):
     )
     report = tools.doctor(given(0), stacked=stacked)
     assert report.findings == () and "replicas-differ" not in report.skipped
+
+
+def test_all_replicas_are_looked_at():
+    of = tree(var=np.array([1.0, np.nan, 1]), scale=np.ones(3))
+    given = jax.tree.map(lambda *a: np.stack(a), tree(scale=np.ones(3)), of)
+    report = tools.doctor(given, stacked=True, steps=1, momentum=0.9)
+    assert [(f.name, f.path) for f in report.findings] == [
+        ("replicas-differ", "batch_stats/a/n/var"),
+        ("not-finite", "a/n"),
+        ("momentum-too-slow", "a/n"),
+    ]
+    assert report.norms == 1
 
 
 class Words(nnx.Module):
@@ -625,6 +664,19 @@ def test_an_nnx_model_that_evaluates_is_called_to_train(quick_compile):
     model = teacher(False)
     model.eval()
     assert ("bias-before-norm", "norm") in named(tools.doctor(model, X[:, 0]))
+
+
+@pytest.mark.parametrize("rule", ["freeze", "layer"])
+def test_a_model_with_other_norms_in_place_is_looked_at(rule, quick_compile):
+    model = Biased(nn.BatchNorm(use_running_average=False, name="norm"))
+    variables = trained(model)
+    if rule == "freeze":
+        other = tools.freeze(model)
+    else:
+        other = tools.replace(model, "batch", "layer")
+        variables, _ = other.convert(variables, X)
+    report = tools.doctor(other, X[:2, 0], variables=variables, steps=100)
+    assert (report.findings, report.norms) == ((), 1)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -948,6 +1000,17 @@ def test_a_report_is_printed_as_a_table_or_in_lines(capsys, monkeypatch):
 
 
 BAD = [
+    (
+        lambda: tools.doctor(normed()[0], X, variables=normed()[1], rngs={}, mutable=1),
+        "doctor: the arguments must be those of the model's call, and not of its apply."
+        " Got mutable, rngs. Leave them out: the doctor makes collections mutable, and"
+        " random keys.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, variables=normed()[1], step=3),
+        "doctor: step must be a function that takes one training step. Got int. Pass an"
+        " argument of the model's that has this name by its place.",
+    ),
     (
         lambda: tools.doctor({"dense": {"kernel": np.ones((2, 2))}}),
         "doctor: there must be a norm to look at. Got dict of ['dense'], and no mean"

@@ -1,5 +1,6 @@
 """A model's norms looked over for what goes wrong with them, and what to type."""
 
+import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _check
-from normjax.tools import calls, checks, models
+from normjax.tools import calls, checkpoints, checks, models
 from normjax.tools.checks import Case, Finding, Patient
+from normjax.tools.replace import Replaced
 
 
 class Report(NamedTuple):
@@ -156,6 +158,12 @@ def doctor(
             f"steps={steps}",
             "Leave it out where it is not known",
         )
+    if step is not None and not callable(step):
+        raise _refused(
+            "step must be a function that takes one training step",
+            f"{type(step).__name__}",
+            "Pass an argument of the model's that has this name by its place",
+        )
     given = {"momentum": momentum, "steps": steps, "optimizer": optimizer}
     if _is_module(model):
         case = _of_model(model, args, kwargs, variables, step, stacked, given)
@@ -167,7 +175,7 @@ def doctor(
         if why := case.lacks(need):
             skipped[name] = why
             continue
-        found = list(check(case))
+        found = dict.fromkeys(check(case))  # what all replicas have is said once
         findings += [f for f in found if isinstance(f, Finding)]
         said = [why for why in found if isinstance(why, str)]
         unreached = [n.path for n in case.norms if not n.calls]
@@ -177,7 +185,7 @@ def doctor(
             said.append(f"the call has running statistics normalize in {frozen}")
         if said:
             skipped[name] = "; ".join(said)
-    return Report(tuple(findings), skipped, len(case.norms))
+    return Report(tuple(findings), skipped, len({n.place for n in case.norms}))
 
 
 # What is known.
@@ -185,11 +193,14 @@ def doctor(
 
 def _is_module(model: Any) -> bool:
     of = [getattr(sys.modules.get(f"flax.{s}"), "Module", ()) for s in ("linen", "nnx")]
-    return isinstance(model, tuple(of))
+    return isinstance(model, tuple(of)) or isinstance(model, Replaced)
 
 
 def _refused(rule: str, got: str, todo: str) -> Exception:
     return _check.error(TypeError, "doctor", rule, got, todo)
+
+
+_OF_APPLY = {"rngs", "mutable", "method", "capture_intermediates"}
 
 
 def _of_model(
@@ -213,6 +224,12 @@ def _of_model(
             "a linen model needs its variables, and an nnx model has them",
             f"a model of {system}, variables of {type(variables).__name__}",
             "Pass variables=model.init(...), trained, or leave them out for nnx",
+        )
+    if system == "linen" and (names := sorted(_OF_APPLY & set(kwargs))):
+        raise _refused(
+            "the arguments must be those of the model's call, and not of its apply",
+            f"{', '.join(names)}",
+            "Leave them out: the doctor makes collections mutable, and random keys",
         )
     if system == "linen" and not (args or kwargs):
         raise _refused(
@@ -366,20 +383,19 @@ def _of_tree(
     _check_some(norms, f"{type(tree).__name__} of {sorted(tree)}, and {nothing}")
     _check_shapes(norms)
     if stacked:
-        for norm in norms:
-            norm.values = {k: a[0] for k, a in norm.values.items()}
+        norms = [
+            dataclasses.replace(n, values={k: a[i] for k, a in n.values.items()})
+            for n in norms
+            for i in range(min(len(a) for a in n.values.values()))
+        ]
     return Case(norms, None, arrays, params, stacked=stacked, **given)
 
 
 def _in_tree(arrays: dict) -> list[Patient]:
-    """The norms of a tree, by the names of its arrays, which is all there is.
-
-    Those of an optimizer's state, moments of gradients, are none.
-    """
-    of_optimizer = {"opt_state", "mu", "nu", "trace"}
+    """The norms of a tree, by the names of its arrays, which is all there is."""
     nodes: dict[tuple, dict] = {}
-    for path, a in arrays.items():
-        if path and of_optimizer.isdisjoint(path) and np.ndim(a) > 0:
+    for path, a in checkpoints.without_optimizer(arrays).items():
+        if path and np.ndim(a) > 0:
             nodes.setdefault(path[:-1], {})[path[-1]] = np.asarray(jax.device_get(a))
     stats = {k: of for k, of in nodes.items() if {"mean", "var"} <= set(of)}
     others = {k: of for k, of in nodes.items() if "scale" in of and set(of) <= _AFFINE}
