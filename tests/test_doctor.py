@@ -1,7 +1,10 @@
 """The doctor finds each fault in a model that has it, and none in one that has not."""
 
+import concurrent.futures
 import functools
 import importlib
+import threading
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -16,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import normjax.nnx
 from normjax import linen, tools
+from normjax.tools import calls
 
 MASK = np.arange(16)[:, None, None] < 14
 X = np.random.default_rng(0).normal(size=(16, 6, 4)).astype(np.float32) * MASK
@@ -176,8 +180,10 @@ FAULTS = {
         "mask",
     ): "2 samples at the end of the batch are all zero, padding it"
     " seems, and count in its moments",
-    ("dead-channels", "dead"): "no output of the model depends on 1 of 4 channels (0),"
-    " on this batch",
+    (
+        "dead-channels",
+        "dead",
+    ): "no gradient of an output reaches 1 of 4 channels (0), on this batch",
     (
         "dead-channels",
         "constant",
@@ -421,14 +427,42 @@ def test_a_fault_of_a_tree_is_found_and_none_in_a_sound_one(leaves, steps, name,
     assert tools.doctor(tree(**sound), steps=30, momentum=0.9).findings == ()
 
 
-def test_a_model_before_its_first_step_is_sound():
-    assert tools.doctor(tree(**START), steps=0).findings == ()
+@pytest.mark.parametrize("scale", [np.ones(3), np.arange(3.0)])
+def test_a_model_before_its_first_step_is_sound(scale):
+    assert tools.doctor(tree(**START, scale=scale), steps=0).findings == ()
 
 
-def test_an_optimizers_moments_are_no_statistics():
-    given = tree() | {"opt_state": {"0": {"mu": {"a": {"scale": np.full(3, np.nan)}}}}}
-    report = tools.doctor(given)
+OF = tree(scale=np.arange(3.0), bias=np.ones(3))
+MOMENTS = jax.tree.map(np.zeros_like, OF["params"])
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"opt_state": {"0": {"mu": {"a": {"scale": np.full(3, np.nan)}}}}},
+        {"optimizer": {"0": {"mu": {"params": MOMENTS}}}},
+        {"opt": {"0": {"trace": MOMENTS}}},
+        {"state": {"0": {"mu": {"n": MOMENTS["a"]}, "nu": {"n": MOMENTS["a"]}}}},
+    ],
+)
+def test_an_optimizers_moments_are_no_statistics(kept):
+    report = tools.doctor(OF | kept)
     assert (report.findings, report.norms) == ((), 1)
+
+
+@pytest.mark.parametrize("name", ["mu", "nu", "trace", "opt", "opt_state"])
+def test_a_module_may_have_the_name_of_a_moment(name):
+    """As the head of a variational autoencoder, beside one of the same arrays."""
+    bad = tree(var=np.full(3, np.nan))["batch_stats"]["a"]
+    params, stats = OF["params"]["a"], OF["batch_stats"]["a"]
+    given = {
+        "params": {name: params, "logvar": params},
+        "batch_stats": {name: bad, "logvar": stats},
+    }
+    report = tools.doctor(given)
+    assert named(report) == {("not-finite", f"{name}/n")} and report.norms == 2
+    if not name.startswith("opt"):
+        assert named(tools.doctor({name: bad, "logvar": stats})) == named(report)
 
 
 @pytest.mark.parametrize("collection", ["batch_stats", "stats"])
@@ -490,6 +524,18 @@ def test_replicas_that_differ_are_found(stacked):
     assert report.findings == () and "replicas-differ" not in report.skipped
 
 
+def test_all_replicas_are_looked_at():
+    of = tree(var=np.array([1.0, np.nan, 1]), scale=np.ones(3))
+    given = jax.tree.map(lambda *a: np.stack(a), tree(scale=np.ones(3)), of)
+    report = tools.doctor(given, stacked=True, steps=1, momentum=0.9)
+    assert [(f.name, f.path) for f in report.findings] == [
+        ("replicas-differ", "batch_stats/a/n/var"),
+        ("not-finite", "a/n"),
+        ("momentum-too-slow", "a/n"),
+    ]
+    assert report.norms == 1
+
+
 class Words(nnx.Module):
     def __init__(self, rngs):
         self.norm, self.one = (nnx.BatchNorm(2, rngs=rngs) for _ in range(2))
@@ -506,11 +552,10 @@ def test_other_faults_of_a_call_are_found(quick_compile):
     tokens = np.array([[5, 3, 0, 0], [2, 0, 0, 0], [4, 4, 4, 1]])
     report = tools.doctor(Words(nnx.Rngs(0)), tokens, steps=0)
     found = {(f.name, f.path): (f.severity, f.what) for f in report.findings}
-    gone = {k: found.pop(k) for k in list(found) if k[0] == "dead-channels"}
     assert found == {
         ("not-finite", ""): (
             "error",
-            "an output is NaN or infinite, while what its norms hold is finite",
+            "an output is NaN or plus infinity, while what its norms hold is finite",
         ),
         ("few-values", "norm"): (
             "warning",
@@ -532,7 +577,6 @@ def test_other_faults_of_a_call_are_found(quick_compile):
             " count in its moments",
         ),
     }
-    assert set(gone) == {("dead-channels", "one")}  # of one value, which is constant
     assert report.skipped["mask-unused"] == "the call does not reach unused"
 
 
@@ -543,6 +587,203 @@ def test_statistics_that_a_call_does_not_reach_are_named(quick_compile):
     report = tools.doctor(model, X, True, variables={**variables, "batch_stats": stats})
     assert ("never-updated", "other") in named(report) and report.norms == 2
     assert report.skipped["few-values"] == "the call does not reach other"
+
+
+# Norms on their running statistics, and layers that others read, too.
+
+
+class Biased(nn.Module):
+    """A layer with a bias, and a norm of what it returns."""
+
+    norm: nn.Module
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(4, name="dense")(x)
+        y = self.norm(h)
+        return y + h if self.residual else y
+
+
+class Teacher(nnx.Module):
+    def __init__(self, norm, *more):
+        self.dense = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.norm, self.more = norm, nnx.List(more)
+
+    def __call__(self, x):
+        for layer in (self.dense, self.norm, *self.more):
+            x = layer(x)
+        return x
+
+
+def teacher(frozen):
+    """A trained norm that is frozen, or in a part of a model that is set to evaluate."""
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    norm.mean[...] = jnp.full(4, 0.1)
+    if frozen:
+        return tools.freeze(Teacher(norm))
+    norm.eval()
+    counted = normjax.nnx.BatchNorm(4, momentum=None, rngs=nnx.Rngs(0))
+    return Teacher(norm, nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(1)), counted)
+
+
+FROZEN = [
+    linen.BatchNorm(normalize_with="running", update_statistics=False, name="norm"),
+    nn.BatchNorm(use_running_average=True, name="norm"),
+]
+
+
+def trained(model, x=X):
+    """Its variables, the statistics of its norm not those of the start."""
+    variables = model.init(jax.random.key(0), x)
+    variables["batch_stats"]["norm"]["mean"] = jnp.full(4, 0.1)
+    return variables
+
+
+@pytest.mark.parametrize("norm", FROZEN)
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_frozen_norm_of_linen_is_not_taken_to_train(norm, n, quick_compile):
+    model, x = Biased(norm), X[:n, 0]
+    variables = trained(model)
+    assert calls.measure(model, variables, (x,), {}).gap == 0
+    report = tools.doctor(model, x, variables=variables, steps=100)
+    assert report.findings == ()
+    frozen = "the call has running statistics normalize in norm"
+    names = ("few-values", "bias-before-norm", "momentum-too-slow", "train-eval-gap")
+    assert [report.skipped[k] for k in names] == [frozen] * 4
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_norm_of_nnx_is_not_taken_to_train(frozen, quick_compile):
+    report = tools.doctor(teacher(frozen), X[:, 0], steps=100)
+    found = (
+        set() if frozen else {("never-updated", "more/1"), ("mask-unused", "more/1")}
+    )
+    assert {f for f in named(report) if f[0] != "train-eval-gap"} == found
+    assert report.skipped["few-values"].endswith("normalize in norm")
+
+
+def test_an_nnx_model_that_evaluates_is_called_to_train(quick_compile):
+    model = teacher(False)
+    model.eval()
+    assert ("bias-before-norm", "norm") in named(tools.doctor(model, X[:, 0]))
+
+
+@pytest.mark.parametrize("rule", ["freeze", "layer"])
+def test_a_model_with_other_norms_in_place_is_looked_at(rule, quick_compile):
+    model = Biased(nn.BatchNorm(use_running_average=False, name="norm"))
+    variables = trained(model)
+    if rule == "freeze":
+        other = tools.freeze(model)
+    else:
+        other = tools.replace(model, "batch", "layer")
+        variables, _ = other.convert(variables, X)
+    report = tools.doctor(other, X[:2, 0], variables=variables, steps=100)
+    assert (report.findings, report.norms) == ((), 1)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_bias_that_something_else_reads_changes_something(residual, quick_compile):
+    model = Biased(nn.BatchNorm(use_running_average=False, name="norm"), residual)
+    report = tools.doctor(model, X, variables=trained(model))
+    assert (("bias-before-norm", "norm") in named(report)) is not residual
+
+
+def test_a_mean_that_two_norms_take_off_takes_the_bias_off(quick_compile):
+    class Two(nn.Module):
+        other: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(4)(x)
+            return nn.InstanceNorm(name="norm")(h), self.other(h)
+
+    def found(other):
+        model = Two(other)
+        variables = model.init(jax.random.key(0), X)
+        report = tools.doctor(model, X, variables=variables, steps=0)
+        return {f.path for f in report.findings if f.name == "bias-before-norm"}
+
+    assert found(linen.InstanceNorm(name="other")) == {"norm", "other"}
+    assert found(nn.LayerNorm(name="other")) == set()
+
+
+# Outputs and gradients that are as they should be.
+
+
+class Head(nn.Module):
+    """A norm, and outputs made of what it returns, and of its mean."""
+
+    outputs: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.BatchNorm(use_running_average=False, name="norm")(x)
+        return self.outputs(nn.LayerNorm(name="layer")(y), x - y)
+
+
+def looked_at(outputs, x, steps=None, **stats):
+    model = Head(outputs)
+    params = model.init(jax.random.key(0), x)["params"]
+    given = {"mean": np.zeros(4), "var": np.ones(4)} | stats
+    variables = {"params": params, "batch_stats": {"norm": given}}
+    return tools.doctor(model, x, variables=variables, steps=steps)
+
+
+SAMPLES = np.random.default_rng(1).normal(size=(64, 4)).astype(np.float32)
+CALIBRATED = {"mean": SAMPLES.mean(0), "var": SAMPLES.var(0)}
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda y, off: y * 0,  # a head of zeros
+        lambda y, off: jnp.round(y),
+        lambda y, off: jax.lax.stop_gradient(y),
+        lambda y, off: jnp.where(y > 0, -jnp.inf, y),  # logits of a mask
+        lambda y, off: (y, off.mean()),  # a loss beside them, small by chance
+    ],
+)
+def test_outputs_that_are_meant_so_have_no_finding(outputs, quick_compile):
+    report = looked_at(outputs, SAMPLES[:32], **CALIBRATED)
+    assert report.findings == (), str(report)
+
+
+@pytest.mark.parametrize("outputs", [lambda y, off: off.mean(), lambda y, off: off[:3]])
+def test_outputs_without_the_batchs_axis_are_not_compared(outputs, quick_compile):
+    report = looked_at(outputs, SAMPLES, **CALIBRATED)
+    assert report.findings == () and report.skipped["train-eval-gap"] == (
+        "needs the model, arguments of its call, and an output that is floating and has"
+        " the axis of the batch"
+    )
+    assert "dead-channels" not in report.skipped
+
+
+def test_calibrated_statistics_differ_from_a_batchs_by_chance(quick_compile):
+    """The gap of 8 samples is large; statistics that are wrong are found in them."""
+    few = SAMPLES[:8]
+
+    def found(**stats):
+        report = looked_at(lambda y, off: off * 9, few, **stats)
+        return ("train-eval-gap", "norm") in named(report)
+
+    assert not found(**CALIBRATED)
+    assert found(mean=CALIBRATED["mean"] + 3, var=CALIBRATED["var"])
+    assert found(mean=CALIBRATED["mean"], var=CALIBRATED["var"] * 100)
+
+
+def test_before_the_first_step_initialization_is_no_fault(quick_compile):
+    half = np.array([0.0, 0, 1, 1], np.float32)
+    outputs = functools.partial(lambda y, off: (y * half, off))
+    report = looked_at(outputs, SAMPLES * half + 9, steps=0)
+    assert report.findings == ()
+    new = "before the first step it is the initialization that shows"
+    assert [k for k, why in report.skipped.items() if why == new] == [
+        "dead-channels",
+        "train-eval-gap",
+    ]
+    later = {f[0] for f in named(looked_at(outputs, SAMPLES * half + 9, **CALIBRATED))}
+    assert later == {"dead-channels", "train-eval-gap"}
 
 
 # How a model is compiled.
@@ -602,12 +843,40 @@ def test_norms_within_compiled_parts_are_seen(over, quick_compile):
     }
 
 
+class Waiting(nnx.Module):
+    """Norms that are called while another thread calls its own."""
+
+    def __init__(self, norms, barrier):
+        self.norms = nnx.List(
+            [nnx.LayerNorm(4, rngs=nnx.Rngs(0)) for _ in range(norms)]
+        )
+        self.barrier = barrier
+
+    def __call__(self, x):
+        self.barrier.wait(60)
+        for norm in self.norms:
+            x = norm(x)
+        self.barrier.wait(60)
+        return x
+
+
+def test_threads_do_not_see_each_others_norms(quick_compile):
+    barrier = threading.Barrier(2)
+
+    def skipped(norms):
+        return tools.doctor(Waiting(norms, barrier), X, steps=0).skipped
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(skipped, (1, 3)))
+    assert [of.get("mask-unused") for of in found] == [None, None]
+
+
 # Weight decay.
 
 PARAMS = {"dense": {"kernel": np.ones((3, 3), np.float32)}}
 PARAMS |= {"n": {k: np.ones(3, np.float32) for k in ("scale", "bias")}}
 KERNELS = {"dense": {"kernel": True}, "n": {"scale": False, "bias": False}}
-LATE = optax.linear_schedule(0.0, 1e-3, 100)
+LATE = optax.linear_schedule(0.0, 1e-3, 100, 10)
 
 
 @pytest.mark.parametrize(
@@ -626,13 +895,31 @@ LATE = optax.linear_schedule(0.0, 1e-3, 100)
         (optax.adam(1e-3), False),
         (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), False),
         (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), False),
+        (optax.contrib.prodigy(), False),  # updates are NaN
+        (optax.contrib.schedule_free_adamw(1e-3), False),  # updates are rounding
+        (
+            optax.multi_transform(
+                {"norm": optax.adamw(LATE), "rest": optax.adamw(1e-3)},
+                {"dense": "rest", "n": "norm"},
+            ),
+            True,
+        ),
     ],
 )
-def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays):
+def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays, quick_compile):
     stats = {"n": {"mean": np.ones(3), "var": np.ones(3)}}
     report = tools.doctor({"params": PARAMS, "batch_stats": stats}, optimizer=tx)
     assert named(report) == ({("norm-decayed", "n")} if decays else set())
     assert "norm-decayed" not in report.skipped
+
+
+def test_an_optimizer_that_needs_more_is_not_asked():
+    tx = optax.chain(optax.adamw(1e-3), optax.contrib.reduce_on_plateau())
+    report = tools.doctor({"params": PARAMS}, optimizer=tx)
+    assert report.findings == ()
+    assert report.skipped["norm-decayed"].startswith(
+        "the optimizer does not take gradients and parameters alone: TypeError: "
+    )
 
 
 # Padding.
@@ -645,6 +932,8 @@ def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays):
         ([[5, 3, 1, 0], [2, 9, 2, 0], [4, 4, 4, 0]], {}),  # all alike: no padding
         ([[5, 3], [2, 1], [0, 0]], {"samples": (1, (3,))}),
         ([[0, 3], [0, 1]], {}),
+        ([[5, 3, 0, 0], [2, 0, 3, 0], [4, 4, 4, 1]], {}),  # 0 is a word like others
+        ([[5, 3, 2, 0], [2, 1, 3, 7], [4, 4, 4, 1]], {}),  # one 0 may be by chance
     ],
 )
 def test_padding_is_known_by_zeros_at_the_end(tokens, found):
@@ -652,7 +941,37 @@ def test_padding_is_known_by_zeros_at_the_end(tokens, found):
     labels, ok = np.zeros(3), np.zeros((3, 4), bool)
     assert tools_padding(((tokens, labels, ok), {"train": True})) == found
     floats = np.tile(tokens[..., None].astype(np.float32), 2)
-    assert tools_padding(((floats,), {})) == found
+    key = jax.random.split(jax.random.key(0), 3)
+    assert tools_padding(((floats,), {"key": key})) == found
+
+
+def test_samples_are_padding_where_all_inputs_are_zero():
+    x = np.array([[1.0, 2], [3, 4], [0, 0]])
+    other = np.ones((2, 5))  # of another length
+    for label, found in [(0, {"samples": (1, (3,))}), (1, {})]:
+        labels = np.array([[1], [0], [label]])
+        assert tools_padding(((x, labels, other), {})) == found
+        assert tools_padding(((labels[:, 0], x), {})) == found
+
+
+def test_rows_of_images_are_no_positions(quick_compile):
+    class Rows(nn.Module):
+        channels: bool
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, name="norm")(
+                x[..., None] if self.channels else x
+            )
+
+    x = np.array(X[:14])
+    x[3:8, 4:] = 0
+    for channels in (True, False):
+        model = Rows(channels)
+        variables = model.init(jax.random.key(0), x)
+        report = tools.doctor(model, x, variables=variables, steps=0)
+        found = {("mask-unused", "norm")}
+        assert named(report) == (set() if channels else found)
 
 
 def tools_padding(arguments):
@@ -684,6 +1003,17 @@ def test_a_report_is_printed_as_a_table_or_in_lines(capsys, monkeypatch):
 
 
 BAD = [
+    (
+        lambda: tools.doctor(normed()[0], X, variables=normed()[1], rngs={}, mutable=1),
+        "doctor: the arguments must be those of the model's call, and not of its apply."
+        " Got mutable, rngs. Leave them out: the doctor makes collections mutable, and"
+        " random keys.",
+    ),
+    (
+        lambda: tools.doctor(normed()[0], X, variables=normed()[1], step=3),
+        "doctor: step must be a function that takes one training step. Got int. Pass an"
+        " argument of the model's that has this name by its place.",
+    ),
     (
         lambda: tools.doctor({"dense": {"kernel": np.ones((2, 2))}}),
         "doctor: there must be a norm to look at. Got dict of ['dense'], and no mean"

@@ -1,12 +1,13 @@
 """What the norms of a model are called with, and what comes of it.
 
-A model is called with its own modules, and each batch norm among them is made to
-normalize with the statistics that are asked for, whatever flags it is called with. What
-is measured leaves a model, however it is compiled, scanned or vmapped, as statistics
-do: beside ``mean`` and ``var``, by names of its own.
+A model is called with its own modules, and all batch norms among them are made to
+normalize by running statistics where that is asked for. What is measured leaves a
+model, however it is compiled, scanned or vmapped, as statistics do: beside ``mean`` and
+``var``, by names of its own.
 """
 
 import contextlib
+import contextvars
 import functools
 import itertools
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from normjax import _check, _module, _norms
 from normjax.tools import models
@@ -33,22 +35,26 @@ class Call(NamedTuple):
     Attributes:
       shape: of x.
       masked: whether a mask came with it.
+      running: whether it normalizes by running statistics, as module and call say.
       updates: whether it updates running statistics.
-      after: the layer that x is the output of, if that added a bias; else None.
+      after: the layer whose bias it takes off with the mean of x: x is what that layer
+        returns, which nothing reads but norms that take it off; else None.
     """
 
     shape: tuple[int, ...]
     masked: bool
-    updates: bool
-    after: tuple[str, ...] | None
+    running: bool = False
+    updates: bool = False
+    after: tuple[str, ...] | None = None
 
 
 class Watch:
     """Notes the norms that are called while it is on.
 
     Attributes:
-      mode: "batch" or "running", the statistics that batch norms are to normalize
-        with, whatever the model says; or "own": as it says.
+      mode: "batch": batch norms normalize as the model says, but by themselves on each
+        device, and moments are measured; "running": by running statistics, whatever it
+        says; "own": as it says.
       seen: the calls of each norm, by path; those of a loop's body once.
       found: the kind of each norm, and the module bound to no variables; of linen.
     """
@@ -61,17 +67,59 @@ class Watch:
         self._biased: dict[int, tuple[Any, tuple]] = {}
 
     def layer(self, path: tuple, y: Any) -> Any:
-        """Notes the output of a layer that has added a bias."""
+        """Notes the output of a layer that has added a bias, and marks it."""
+        if self.mode == "batch":
+            y = checkpoint_name(y, _BIASED + "/".join(path))
         self._biased[id(y)] = (y, path)
         return y
 
-    def norm(self, path: tuple, x: Any, mask: Any, updates: bool = False) -> None:
-        """Notes a call of a norm."""
+    def norm(self, path: tuple, kind: str, module: Any, x: Any, call: Call) -> Any:
+        """Notes a call of a norm; returns x, marked if what is in its mean is lost."""
         _, after = self._biased.get(id(x), (None, None))
-        call = Call(jnp.shape(x), mask is not None, updates, after)
+        if after is not None and self.mode == "batch" and not call.running:
+            if _takes_off(kind, module, len(call.shape)):
+                x = checkpoint_name(x, _TAKEN_OFF)
+                call = call._replace(after=after)
         found = self.seen.setdefault(path, [])
         if call not in found:
             found.append(call)
+        return x
+
+
+# The names of values in a program: what a layer returns, and what a norm takes of it.
+_BIASED, _TAKEN_OFF = "normjax.doctor.biased/", "normjax.doctor.taken_off"
+
+
+def _takes_off(kind: str, module: Any, ndim: int) -> bool:
+    """Whether a norm takes off a bias of each feature, with the mean."""
+    if kind == "BatchNorm":
+        axes = _module.flax_axes("doctor", module.axis, ndim, "axis")
+    elif kind == "InstanceNorm":
+        axes = _module.flax_features(module.feature_axes, ndim)
+    else:
+        return False
+    return {axis % ndim for axis in axes} == {ndim - 1}
+
+
+def _read_otherwise(program: Any) -> set[str]:
+    """The layers whose output something reads beside norms that take its bias off."""
+    biased: dict[int, str] = {}
+    others = set()
+
+    def among(values: Any) -> set[str]:
+        return {biased[id(v)] for v in values if id(v) in biased}
+
+    for equation in program.eqns:
+        name = equation.params.get("name")
+        if equation.primitive.name == "name" and name.startswith(_BIASED):
+            biased[id(equation.outvars[0])] = name.removeprefix(_BIASED)
+        if equation.primitive.name != "name" or name != _TAKEN_OFF:
+            others |= among(equation.invars)
+        for parameter in jax.tree.leaves(list(equation.params.values())):
+            within = getattr(parameter, "jaxpr", parameter)
+            if hasattr(within, "eqns"):
+                others |= _read_otherwise(within)
+    return others | among(program.outvars)
 
 
 class _Variables(NamedTuple):
@@ -79,11 +127,11 @@ class _Variables(NamedTuple):
 
     get: Callable[[str], Any]
     put: Callable[[str, Any], None]
-    call: Callable[[bool], jax.Array]
+    call: Callable[[jax.Array, bool], jax.Array]
 
 
 def _batch_norm(
-    watch: Watch, module: Any, reach: _Variables, x: Any, mask: Any, updates: bool
+    watch: Watch, module: Any, reach: _Variables, x: Any, mask: Any, noted: Call
 ) -> jax.Array:
     """Calls a batch norm in the watch's mode, and stores what was measured."""
     if watch.mode == "batch":
@@ -94,15 +142,16 @@ def _batch_norm(
         for name, value in ((MEAN, m.mean), (VAR, m.var)):
             old = reach.get(name)
             reach.put(name, value.reshape(old.shape).astype(old.dtype))
-    reach.put(UPDATES, reach.get(UPDATES) + updates)
-    return reach.call(watch.mode == "running")
+    reach.put(UPDATES, reach.get(UPDATES) + noted.updates)
+    return reach.call(x, noted.running or watch.mode == "running")
 
 
-def _updates(module: Any, use_running_average: bool | None) -> bool:
-    """Whether a call updates the running statistics, by what module and call say."""
+def _noted(module: Any, use_running_average: bool | None, x: Any, mask: Any) -> Call:
+    """The call of a batch norm, by what module and call say."""
+    running, updates = use_running_average, not use_running_average
     if hasattr(module, "update_statistics"):
-        return _module.switches(module, use_running_average)[1]
-    return not use_running_average
+        running, updates = _module.switches(module, use_running_average)
+    return Call(jnp.shape(x), mask is not None, bool(running), bool(updates))
 
 
 def _layers(library: str) -> tuple:
@@ -137,7 +186,8 @@ def _linen_swap(watch: Watch) -> Callable:
             return functools.partial(_linen_batch_norm, watch, module)
 
         def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            watch.norm(module.path, x, kwargs.get("mask"))
+            noted = Call(jnp.shape(x), kwargs.get("mask") is not None)
+            x = watch.norm(module.path, kind, module, x, noted)
             return module(x, *args, **kwargs)
 
         return call
@@ -155,8 +205,9 @@ def _linen_batch_norm(
         running = nn.merge_param("use_running_average", *both)
     else:
         running = None
-    x, mask, updates = jnp.asarray(x), kwargs.get("mask"), _updates(module, running)
-    watch.norm(module.path, x, mask, updates)
+    x, mask = jnp.asarray(x), kwargs.get("mask")
+    noted = _noted(module, running, x, mask)
+    x = watch.norm(module.path, "BatchNorm", module, x, noted)
     if not module.has_variable("batch_stats", "mean"):
         raise _check.error(
             ValueError,
@@ -169,7 +220,7 @@ def _linen_batch_norm(
     def get(name: str) -> Any:
         return module.get_variable("batch_stats", name)
 
-    def call(with_running: bool) -> jax.Array:
+    def call(x: jax.Array, with_running: bool) -> jax.Array:
         if watch.mode == "own":
             return module(x, use_running_average, **kwargs)
         changed = {name: None for name in _SWITCHES if hasattr(module, name)}
@@ -177,7 +228,7 @@ def _linen_batch_norm(
         return other(x, use_running_average=with_running, **kwargs)
 
     put = functools.partial(module.put_variable, "batch_stats")
-    return _batch_norm(watch, module, _Variables(get, put, call), x, mask, updates)
+    return _batch_norm(watch, module, _Variables(get, put, call), x, mask, noted)
 
 
 @contextlib.contextmanager
@@ -220,25 +271,34 @@ def _places(mean: Any, var: Any) -> dict[str, jax.Array]:
 
 # Nnx.
 
-_watches: list[Watch] = []
+_watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar(
+    "watch", default=None
+)
 
 
 @contextlib.contextmanager
 def watching_nnx(mode: str) -> Iterator[Watch]:
     """Watches the models of ``watched`` that are called within it."""
-    _watches.append(Watch(mode))
+    watch = Watch(mode)
+    token = _watch.set(watch)
     try:
-        yield _watches[-1]
+        yield watch
     finally:
-        _watches.pop()
+        _watch.reset(token)
 
 
 def watched(model: Any) -> Any:
-    """A copy of an nnx model whose norms and layers tell a watch of their calls."""
+    """A copy of an nnx model whose norms and layers tell a watch of their calls.
+
+    It is set to train, unless some of its batch norms are: then what is set to evaluate
+    beside them is meant so, a teacher say.
+    """
     from flax import nnx
 
     model = nnx.clone(model)
-    model.train()
+    norms = [m for _, m in models.nnx_modules(model) if _is_batch_norm(m)]
+    if not any(_updates(m) for m in norms):
+        model.train()
     layers = _layers("flax.nnx")
     for path, module in list(models.nnx_modules(model)):
         kind = models.kind_of(module)
@@ -255,6 +315,16 @@ def watched(model: Any) -> Any:
     return model
 
 
+def _is_batch_norm(module: Any) -> bool:
+    return models.kind_of(module) == "BatchNorm"
+
+
+def _updates(norm: Any) -> bool:
+    """Whether a batch norm of nnx updates its statistics, as it is set."""
+    given = getattr(norm, "update_statistics", None)
+    return not norm.use_running_average if given is None else given
+
+
 def _renumber(model: Any) -> None:
     number = next(_numbers)
     for _, module in models.nnx_modules(model):
@@ -269,9 +339,10 @@ def _telling(of: Any, kind: str | None) -> type:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = functools.partial(of.__call__, self)
-        if not _watches:
+        watch = _watch.get()
+        if watch is None:
             return own(*args, **kwargs)
-        return called(_watches[-1], self, own, *args, **kwargs)
+        return called(watch, self, own, *args, **kwargs)
 
     return type(of.__name__, (of,), {"__call__": call})
 
@@ -286,7 +357,8 @@ def _nnx_layer(
 def _nnx_norm(
     watch: Watch, module: Any, own: Callable, x: Any, *args: Any, **kw: Any
 ) -> Any:
-    watch.norm(module.doctor_path, x, kw.get("mask"))
+    noted = Call(jnp.shape(x), kw.get("mask") is not None)
+    x = watch.norm(module.doctor_path, models.kind_of(module) or "", module, x, noted)
     return own(x, *args, **kw)
 
 
@@ -301,8 +373,9 @@ def _nnx_batch_norm(
     running = use_running_average
     if running is None:
         running = module.use_running_average
-    x, mask, updates = jnp.asarray(x), kwargs.get("mask"), _updates(module, running)
-    watch.norm(module.doctor_path, x, mask, updates)
+    x, mask = jnp.asarray(x), kwargs.get("mask")
+    noted = _noted(module, running, x, mask)
+    x = watch.norm(module.doctor_path, "BatchNorm", module, x, noted)
 
     def get(name: str) -> Any:
         variable = getattr(module, name, None)
@@ -311,7 +384,7 @@ def _nnx_batch_norm(
     def put(name: str, value: Any) -> None:
         getattr(module, name).set_value(value)
 
-    def call(with_running: bool) -> jax.Array:
+    def call(x: jax.Array, with_running: bool) -> jax.Array:
         if watch.mode == "own":
             return own(x, use_running_average, **kwargs)
         changed = {
@@ -327,7 +400,7 @@ def _nnx_batch_norm(
             for name, value in changed.items():
                 setattr(module, name, value)
 
-    return _batch_norm(watch, module, _Variables(get, put, call), x, mask, updates)
+    return _batch_norm(watch, module, _Variables(get, put, call), x, mask, noted)
 
 
 # One call under batch and one under running statistics.
@@ -341,8 +414,10 @@ class Measured(NamedTuple):
       found: the kind and the module of each, of linen.
       statistics: the tree of statistics, with what was measured beside them.
       gap: the largest difference of an output under batch and under running statistics,
-        over that output's spread; None where no output is floating.
-      finite: whether the outputs are, under both.
+        over that output's spread; None where no output is floating and has the axis of
+        the batch.
+      finite: whether no output is NaN or infinite, under both. Minus infinity may be
+        what a mask makes of logits.
       slopes: the gradient of some sum of all outputs in each parameter, under running
         statistics; None where no output is floating.
     """
@@ -376,18 +451,24 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
             jnp.cos(jnp.arange(1.0, y.size + 1)).reshape(y.shape).astype(y.dtype)
             for y in running
         ]
-        gaps = [_gap(b, r) for b, r in zip(batch, running, strict=True)]
-        finite = [jnp.isfinite(a).all() for a in (*batch, *running)]
+        gaps = [
+            _gap(b, r)
+            for b, r in zip(batch, running, strict=True)
+            if b.ndim and len(b) and len(b) % samples == 0
+        ]
+        finite = [(jnp.isfinite(a) | (a == -jnp.inf)).all() for a in (*batch, *running)]
         return (
             statistics,
-            jnp.stack(gaps).max(),
+            jnp.stack(gaps).max() if gaps else None,
             jnp.stack(finite).all(),
             pull(weights)[0],
         )
 
+    lengths = [jnp.shape(a)[0] for a in jax.tree.leaves((args, kwargs)) if jnp.ndim(a)]
+    samples = max(1, *lengths[:1])  # the batch of data comes first
     arrays, rebuilt = models.arrays_of((params, rest, args, kwargs))
-    run = jax.jit(lambda arrays: program(*rebuilt(arrays)))
-    statistics, gap, finite, slopes = run(arrays)
+    run = jax.jit(lambda arrays: program(*rebuilt(arrays))).trace(arrays)
+    statistics, gap, finite, slopes = run.lower().compile()(arrays)
     batch, last = watches["batch"], [*watches.values()][-1]
     if set(batch.seen) != set(last.seen):
         raise _check.error(
@@ -397,6 +478,11 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
             "parts of it that were compiled before",
             "Call jax.clear_caches() first",
         )
+    otherwise = _read_otherwise(run.jaxpr.jaxpr)
+    for found in batch.seen.values():
+        for i, c in enumerate(found):
+            if c.after is not None and "/".join(c.after) in otherwise:
+                found[i] = c._replace(after=None)
     return Measured(
         batch.seen,
         batch.found,
@@ -409,9 +495,12 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
 
 def _gap(batch: jax.Array, running: jax.Array) -> jax.Array:
     """The root mean square of what differs, over that of the spread over the batch."""
-    centered = batch - batch.mean(0) if batch.ndim and len(batch) > 1 else batch
+    there = jnp.isfinite(batch) & jnp.isfinite(running)
+    batch, running = (jnp.where(there, a, 0) for a in (batch, running))
+    centered = batch - batch.mean(0) if len(batch) > 1 else batch
     off, spread = ((jnp.abs(a) ** 2).mean() for a in (batch - running, centered))
-    return jnp.where(off > 0, jnp.sqrt(off / spread), 0).astype(jnp.float32)
+    of = jnp.where(spread > 0, spread, jnp.inf)  # what is always the same shows nothing
+    return jnp.sqrt(off / of).astype(jnp.float32)
 
 
 def _linen_parts(model: Any, variables: Any) -> tuple[Any, Any, Callable]:

@@ -53,6 +53,66 @@ def load(path: Any) -> dict[str, Any]:
         return _plain(path, _orbax(path) if path.is_dir() else _file(path))
 
 
+# What an optimizer's state is called beside the collections of variables, and what
+# moments in it are called, wherever it is.
+_STATE = re.compile(r"opt(imizer)?_?states?|optimizer", re.IGNORECASE)
+_MOMENTS = {"mu", "nu", "trace"}
+_COLLECTIONS = {"params", "batch_stats"}
+
+
+def without_optimizer(arrays: Mapping[tuple[str, ...], Any]) -> dict[tuple, Any]:
+    """Leaves out what an optimizer keeps, which has the names of what it is of.
+
+    That is what is called the state of one, and moments that are as params are, or as
+    moments beside them. A name says so before that of a collection alone: after it, it
+    is a module's, whose head may be ``mu``.
+
+    Args:
+      arrays: those of a checkpoint by path.
+
+    Returns:
+      The others.
+
+    Example:
+      >>> from normjax.tools import checkpoints
+      >>> arrays = {("params", "mu", "scale"): 1, ("opt_state", "mu", "scale"): 2}
+      >>> checkpoints.without_optimizer(arrays)
+      {('params', 'mu', 'scale'): 1}
+    """
+    outside = {path: _outside(path) for path in arrays}
+    found: set[tuple] = set()  # the paths of states and of moments
+    trees: dict[tuple, dict[tuple, Any]] = {}  # of params and moments, by path
+    for path, names in outside.items():
+        for i, name in enumerate(names):
+            if _STATE.fullmatch(name):
+                found.add(path[: i + 1])
+            elif name in _MOMENTS:
+                below = path[i + 1 :]
+                trees.setdefault(path[: i + 1], {})[below] = np.shape(arrays[path])
+        if "params" in path:
+            i = path.index("params") + 1
+            trees.setdefault(path[:i], {})[path[i:]] = np.shape(arrays[path])
+    for path, tree in trees.items():
+        others = [
+            other
+            for at, other in trees.items()
+            if at[-1] == "params" or (at[:-1] == path[:-1] and at != path)
+        ]
+        if path[-1] in _MOMENTS and tree in others:
+            found.add(path)
+    return {
+        path: a
+        for path, a in arrays.items()
+        if not any(path[: i + 1] in found for i in range(len(path)))
+    }
+
+
+def _outside(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a path before that of a collection."""
+    at = [i for i, name in enumerate(path) if name in _COLLECTIONS]
+    return path[: min(at, default=len(path))]
+
+
 class _HouseError(ValueError):
     """An error in the house form, which is not wrapped into another."""
 

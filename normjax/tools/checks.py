@@ -17,9 +17,11 @@ from normjax.tools import models, replicas
 START_LEFT = 0.05  # part of their start, 0 and 1, that is left in the statistics
 VALUES = 16  # of one statistic: the mean of fewer is off by a quarter deviation
 GAP = 0.5  # of an output's spread: outputs under batch and running statistics
+NOISE = 3.0  # by chance no statistics of n samples are so many times 1 / sqrt(n) off
 NEAR_ZERO = 0.01  # of epsilon: a channel whose output is its bias, but for a tenth
 HUGE = 1e8  # of a variance: values of ten thousands
-PROBES = 128  # updates of an optimizer: those that accumulate or warm up come to act
+PROBES = 1024  # updates of an optimizer: those that accumulate or warm up come to act
+ROUNDING = 64 * float(np.finfo(np.float64).eps)  # of a parameter, in one update
 
 
 class Finding(NamedTuple):
@@ -82,6 +84,18 @@ class Patient:
         """Its path with slashes."""
         return "/".join(self.place)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether it normalizes by its running statistics wherever it is called."""
+        return bool(self.calls) and all(c.running for c in self.calls)
+
+    @property
+    def updated(self) -> bool:
+        """Whether its statistics are updated; a call that is not known may do it."""
+        if self.calls:
+            return any(c.updates for c in self.calls)
+        return _field(self, "update_statistics") is not False
+
 
 @dataclasses.dataclass
 class Case:
@@ -98,8 +112,9 @@ class Case:
       stacked: whether arrays have the replicas first.
       called: whether the model was called.
       gap: between outputs under batch and under running statistics, over their spread;
-        None where none is floating.
-      finite: whether outputs are.
+        None where no output is floating and has the axis of the batch.
+      differentiated: whether gradients are known, of outputs that are floating.
+      finite: whether outputs are, or minus infinity.
       padding: "samples" or "positions", to how many are padding and the axes they are
         on.
     """
@@ -114,6 +129,7 @@ class Case:
     stacked: bool = False
     called: bool = False
     gap: float | None = None
+    differentiated: bool = False
     finite: bool = True
     padding: dict[str, tuple] = dataclasses.field(default_factory=dict)
 
@@ -131,6 +147,7 @@ class Case:
             "statistics": statistics,
             "call": self.called,
             "outputs": self.gap is not None,
+            "gradients": self.differentiated,
             "updates": self.called or any(n.updates is not None for n in self.norms),
             "optimizer": self.optimizer is not None and self.params is not None,
             "steps": self.steps is not None and momentum,
@@ -142,7 +159,9 @@ class Case:
 _NEEDS = {
     "statistics": "there is no mean beside a var in the tree",
     "call": "needs the model, and the arguments of its call while training",
-    "outputs": "needs the model, arguments of its call, and an output that is floating",
+    "outputs": "needs the model, arguments of its call, and an output that is floating"
+    " and has the axis of the batch",
+    "gradients": "needs the model, arguments of its call, and a floating output",
     "updates": "needs the model, and the arguments of its call while training",
     "optimizer": "needs optimizer=, the optax transformation, and the params",
     "steps": "needs steps=, of the training so far, and for a tree momentum=",
@@ -259,7 +278,7 @@ def _trained(norm: Patient) -> bool:
 @_check_for("never-updated", "statistics")
 def _never_updated(case: Case) -> Iterator[Finding | str]:
     for norm in case.running:
-        if _at_start(norm) and case.steps != 0 and not _dropped(norm):
+        if _at_start(norm) and case.steps != 0 and not _dropped(norm, case.steps):
             yield Finding(
                 "never-updated",
                 norm.path,
@@ -272,16 +291,17 @@ def _never_updated(case: Case) -> Iterator[Finding | str]:
 @_check_for("update-dropped", "statistics")
 def _update_dropped(case: Case) -> Iterator[Finding | str]:
     for norm in case.running:
-        if what := _dropped(norm):
+        if what := _dropped(norm, case.steps):
             todo = _RETURN.get(case.system or "", _KEEP_EITHER)
             yield Finding("update-dropped", norm.path, what, todo, "error")
 
 
-def _dropped(norm: Patient) -> str:
+def _dropped(norm: Patient, steps: int | None) -> str:
     """What shows that updates of the statistics were lost; empty if nothing does."""
     if norm.after_step == "left":
         return "a step updates mean and var, and they are as before after it"
-    if norm.after_step is None and _at_start(norm) and _trained(norm):
+    new = norm.after_step is not None or steps == 0
+    if not new and _at_start(norm) and _trained(norm):
         return "mean is 0 and var is 1 as at the start, while scale or bias has moved"
     return ""
 
@@ -300,14 +320,14 @@ def _updated_twice(case: Case) -> Iterator[Finding | str]:
                 "Give each place that calls it a norm of its own, or call it once",
                 "error",
             )
-        elif not norm.updates and norm.after_step != "left" and not _frozen(norm):
+        elif (
+            not norm.updates
+            and norm.after_step != "left"
+            and _field(norm, "update_statistics") is not False
+        ):
             quiet.append(norm.path)
     if quiet:
         yield f"no statistics are updated by the call, of {', '.join(quiet)}"
-
-
-def _frozen(norm: Patient) -> bool:
-    return _field(norm, "update_statistics") is False
 
 
 @_check_for("replicas-differ", "devices")
@@ -360,7 +380,7 @@ def _not_finite(case: Case) -> Iterator[Finding | str]:
         yield Finding(
             "not-finite",
             "",
-            "an output is NaN or infinite, while what its norms hold is finite",
+            "an output is NaN or plus infinity, while what its norms hold is finite",
             _DEBUG,
             "error",
         )
@@ -397,23 +417,33 @@ def _variance(case: Case) -> Iterator[Finding | str]:
                 yield Finding("extreme-variance", norm.path, what, todo, severity)
 
 
-@_check_for("dead-channels", "outputs")
+_NEW = "before the first step it is the initialization that shows"
+
+
+@_check_for("dead-channels", "gradients")
 def _dead_channels(case: Case) -> Iterator[Finding | str]:
+    if case.steps == 0:
+        yield _NEW
+        return
     for norm in case.norms:
-        if not norm.calls:
-            continue
-        if _all_finite(norm.batch):
+        if _all_finite(norm.batch) and not norm.frozen:
             mean, var = norm.batch["mean"], norm.batch["var"]
             # What the rounding of a mean makes of values that are all the same.
             constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2
-            if constant.any():
+            if constant.any() and _each(norm, constant) >= VALUES:
                 what = f"x is constant over the batch in {_channels(constant)}"
                 yield _no_life(norm, what)
         if norm.slopes:
             dead = np.all([a == 0 for a in norm.slopes.values()], axis=0)
-            if dead.any():
-                what = f"no output of the model depends on {_channels(dead)}"
+            # Of none: what comes after it has no gradient, by design or as a whole.
+            if dead.any() and not dead.all() and _each(norm, dead) >= VALUES:
+                what = f"no gradient of an output reaches {_channels(dead)}"
                 yield _no_life(norm, what)
+
+
+def _each(norm: Patient, channels: np.ndarray) -> int:
+    """How many values of x there are of each channel, in all calls."""
+    return sum(math.prod(c.shape) for c in norm.calls) // channels.size
 
 
 def _no_life(norm: Patient, what: str) -> Finding:
@@ -429,8 +459,15 @@ def _no_life(norm: Patient, what: str) -> Finding:
 
 @_check_for("train-eval-gap", "outputs")
 def _train_eval(case: Case) -> Iterator[Finding | str]:
+    if case.steps == 0:
+        yield _NEW
+        return
     gap = case.gap
-    off = {n.path: _off(n) for n in case.running if _all_finite(n.batch)}
+    off = {
+        n.path: _off(n)
+        for n in case.running
+        if _all_finite(n.batch) and not n.frozen and max(_off(n)) > _noise(n)
+    }
     if not off or gap is None or not gap > GAP:
         return
     worst = max(off, key=lambda path: sum(off[path]))
@@ -445,6 +482,18 @@ def _train_eval(case: Case) -> Iterator[Finding | str]:
         " for data of another kind, over those",
         "warning",
     )
+
+
+def _noise(norm: Patient) -> float:
+    """How far statistics of a batch are off by chance; in units of `_off`.
+
+    The values of one sample are alike, and count as one.
+    """
+    samples = max(
+        call.shape[0] if 0 in reduced(norm, call.shape) else _values(norm, call.shape)
+        for call in norm.calls
+    )
+    return NOISE / math.sqrt(samples)
 
 
 def _off(norm: Patient) -> tuple[float, float]:
@@ -465,7 +514,7 @@ def _slow(case: Case) -> Iterator[Finding | str]:
     assert case.steps is not None
     for norm in case.norms:
         momentum = _momentum(case, norm) if norm.kind == "BatchNorm" else None
-        if momentum is None or "count" in norm.values or _frozen(norm):
+        if momentum is None or "count" in norm.values or not norm.updated:
             continue  # of the start nothing is left where updates are counted
         left = momentum**case.steps
         if case.steps > 0 and left > START_LEFT:
@@ -485,12 +534,13 @@ def _slow(case: Case) -> Iterator[Finding | str]:
 def _few(case: Case) -> Iterator[Finding | str]:
     synced = []
     for norm in case.norms:
-        if norm.kind != "BatchNorm" or not norm.calls:
+        shapes = [c.shape for c in norm.calls if not c.running]
+        if norm.kind != "BatchNorm" or not shapes:
             continue
         if _field(norm, "axis_name") is not None:
             synced.append(norm.path)
             continue
-        shape = min((c.shape for c in norm.calls), key=lambda s: _values(norm, s))
+        shape = min(shapes, key=lambda s: _values(norm, s))
         n = _values(norm, shape)
         if n < VALUES:
             yield Finding(
@@ -509,29 +559,26 @@ def _few(case: Case) -> Iterator[Finding | str]:
 @_check_for("bias-before-norm", "call")
 def _bias(case: Case) -> Iterator[Finding | str]:
     for norm in case.norms:
-        # A bias of each feature is part of the mean that these take off.
-        features = {"BatchNorm": "axis", "InstanceNorm": "feature_axes"}
-        if norm.kind not in features:
-            continue
-        axes = _field(norm, features[norm.kind])
-        for call in norm.calls:
-            last = {-1, len(call.shape) - 1}
-            if call.after and axes in (*last, *((a,) for a in last), [-1]):
-                yield Finding(
-                    "bias-before-norm",
-                    norm.path,
-                    f"the bias of {'/'.join(call.after)} right before it changes"
-                    " nothing, since the mean is taken off",
-                    f"Pass use_bias=False to {'/'.join(call.after)}",
-                    "warning",
-                )
+        for layer in dict.fromkeys(c.after for c in norm.calls if c.after):
+            yield Finding(
+                "bias-before-norm",
+                norm.path,
+                f"the bias of {'/'.join(layer)} right before it changes nothing, since"
+                " the mean is taken off",
+                f"Pass use_bias=False to {'/'.join(layer)}",
+                "warning",
+            )
 
 
 @_check_for("norm-decayed", "optimizer")
 def _decay(case: Case) -> Iterator[Finding | str]:
-    decayed = _decayed(case.optimizer, case.params)
+    places = {(*n.place, k) for n in case.norms for k in ("scale", "bias")}
+    decayed = _decayed(_transformation(case.optimizer), case.params, places)
+    if isinstance(decayed, str):
+        yield decayed
+        return
     for norm in case.norms:
-        names = [k for k in ("scale", "bias") if decayed.get((*norm.place, k))]
+        names = [k for k in ("scale", "bias") if (*norm.place, k) in decayed]
         if names:
             yield Finding(
                 "norm-decayed",
@@ -544,12 +591,7 @@ def _decay(case: Case) -> Iterator[Finding | str]:
             )
 
 
-def _decayed(optimizer: Any, params: Any) -> dict[tuple[str, ...], bool]:
-    """Which parameters an optimizer moves, whose gradients are zero, by path.
-
-    Moves that are the same for parameters of 0 and of 1 are of noise, not of decay. The
-    arrays are small ones of the same rank: what counts are their places and ranks.
-    """
+def _transformation(optimizer: Any) -> Any:
     tx = getattr(optimizer, "tx", optimizer)
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise _check.error(
@@ -559,29 +601,76 @@ def _decayed(optimizer: Any, params: Any) -> dict[tuple[str, ...], bool]:
             f"{type(optimizer).__name__}",
             "Pass optax.adamw(...), say",
         )
+    return tx
+
+
+def _decayed(tx: Any, params: Any, places: set) -> set[tuple[str, ...]] | str:
+    """Which parameters of some places an optimizer moves, whose gradients are zero.
+
+    Or why it cannot be asked.
+
+    Moves that are the same for parameters of 0 and of 1 are of noise, not of decay; and
+    some optimizers divide by gradients. The arrays are small ones of the same rank:
+    what counts are their places and ranks. In float64 no decay is as small as rounding.
+    """
 
     def filled(value: float) -> Any:
         small = [
-            tuple(min(n, 2) for n in jnp.shape(a)) for a in jax.tree.leaves(params)
+            jnp.full([min(n, 2) for n in jnp.shape(a)], value, _wide_dtype(a))
+            for a in jax.tree.leaves(params)
         ]
-        dtypes = [jnp.result_type(a) for a in jax.tree.leaves(params)]
-        leaves = [jnp.full(s, value, d) for s, d in zip(small, dtypes, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return jax.tree.unflatten(jax.tree.structure(params), small)
 
-    zeros, ones = filled(0), filled(1)
-    states = [tx.init(zeros), tx.init(ones)]
-    update = jax.jit(tx.update)
-    moved = dict.fromkeys(models.flat(params), False)
-    for _ in range(PROBES):
-        moves = []
-        for i, p in enumerate((zeros, ones)):
-            of, states[i] = update(zeros, states[i], p)
-            moves.append(models.flat(of))
-        for path, at_zero in moves[0].items():
-            moved[path] |= bool((np.asarray(at_zero) != moves[1][path]).any())
-        if any(moved.values()):
-            return moved
-    return moved
+    def update(state: Any, p: Any) -> tuple[Any, Any]:
+        moves, new = tx.update(filled(0), state, p)
+        return moves, jax.tree.map(_as, new, state)
+
+    def probed(carry: tuple) -> tuple:
+        i, states, moved = carry
+        both = [update(s, filled(v)) for v, s in enumerate(states)]
+        moves = [models.flat(of) for of, _ in both]
+        moved = {
+            path: before | _differ(moves[0][path], moves[1][path])
+            for path, before in moved.items()
+        }
+        return i + 1, [state for _, state in both], moved
+
+    def goes_on(carry: tuple) -> jax.Array:
+        i, _, moved = carry
+        return (i < PROBES) & ~jnp.stack([*moved.values()]).all()
+
+    with jax.enable_x64(True):
+        try:
+            states = [jax.tree.map(jnp.asarray, tx.init(filled(v))) for v in (0, 1)]
+            moved = {k: jnp.bool_(False) for k in models.flat(params) if k in places}
+            if not moved:
+                return set()
+            run = jax.jit(lambda *carry: jax.lax.while_loop(goes_on, probed, carry))
+            _, _, moved = run(0, states, moved)
+        # Whatever it is made of may raise anything.
+        except Exception as fault:
+            said = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+            return f"the optimizer does not take gradients and parameters alone: {said}"
+    return {path for path, of in moved.items() if of}
+
+
+def _wide_dtype(a: Any) -> Any:
+    dtype = jnp.result_type(a)
+    return jnp.promote_types(dtype, jnp.float64) if _is_inexact(dtype) else dtype
+
+
+def _is_inexact(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def _as(new: Any, old: Any) -> Any:
+    """A state in the dtype that it had, as a loop needs it."""
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def _differ(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Whether moves differ by more than the rounding of parameters of 1."""
+    return (jnp.isfinite(a) & jnp.isfinite(b) & (jnp.abs(a - b) > ROUNDING)).any()
 
 
 @_check_for("half-precision", "statistics")
@@ -631,11 +720,14 @@ def _one(case: Case) -> Iterator[Finding | str]:
 @_check_for("mask-unused", "call")
 def _mask(case: Case) -> Iterator[Finding | str]:
     for norm in case.norms:
-        for call in dict.fromkeys(c for c in norm.calls if not c.masked):
+        plain = [c for c in norm.calls if not c.masked and (c.updates or not c.running)]
+        for call in dict.fromkeys(plain):
             axes = reduced(norm, call.shape)
             for axis, (what, (n, shape)) in enumerate(
                 (k, case.padding.get(k, (0, None))) for k in ("samples", "positions")
             ):
+                if what == "positions" and len(call.shape) != 3:
+                    continue  # of [N, T, C] alone: images are [N, H, W, C]
                 if n and axis in axes and call.shape[: axis + 1] == shape:
                     yield Finding(
                         "mask-unused",

@@ -1,5 +1,6 @@
 """A model's norms looked over for what goes wrong with them, and what to type."""
 
+import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _check
-from normjax.tools import calls, checks, models
+from normjax.tools import calls, checkpoints, checks, models
 from normjax.tools.checks import Case, Finding, Patient
+from normjax.tools.replace import Replaced
 
 
 class Report(NamedTuple):
@@ -105,17 +107,18 @@ def doctor(
 ) -> Report:
     """Looks for what goes wrong with norms, and says what to type against it.
 
-    A model is called twice in one compiled program, its batch norms once with the
-    statistics of the batch and once with the running ones, whatever its flags say; what
-    it is given is never changed. The faults are in a table of the documentation, and a
-    report names the checks that could not be made.
+    A model is called twice in one compiled program, once as its arguments have it and
+    once with running statistics in all batch norms; what it is given is never changed.
+    The faults are in a table of the documentation, and a report names the checks that
+    could not be made.
 
     Args:
       model: a linen or nnx module; or variables alone: of linen, an nnx state, or what
         a checkpoint holds, in which norms are known by a mean beside a var, or by a
         scale with at most a bias.
       *args: arguments of the model's call while training, a batch of data first. An nnx
-        model is called in training mode. None: what needs a call is not checked.
+        model is set to train, unless some of its batch norms are. None: what needs a
+        call is not checked.
       variables: for linen: the variables.
       optimizer: an optax transformation or an ``nnx.Optimizer``, which is asked what it
         does to parameters of norms whose gradients are zero.
@@ -155,25 +158,34 @@ def doctor(
             f"steps={steps}",
             "Leave it out where it is not known",
         )
+    if step is not None and not callable(step):
+        raise _refused(
+            "step must be a function that takes one training step",
+            f"{type(step).__name__}",
+            "Pass an argument of the model's that has this name by its place",
+        )
     given = {"momentum": momentum, "steps": steps, "optimizer": optimizer}
     if _is_module(model):
         case = _of_model(model, args, kwargs, variables, step, stacked, given)
     else:
         case = _of_tree(model, args, kwargs, variables, step, stacked, given)
     findings, skipped = [], {}
+    frozen = ", ".join(n.path for n in case.norms if n.frozen)
     for name, (need, check) in checks.CHECKS.items():
         if why := case.lacks(need):
             skipped[name] = why
             continue
-        found = list(check(case))
+        found = dict.fromkeys(check(case))  # what all replicas have is said once
         findings += [f for f in found if isinstance(f, Finding)]
         said = [why for why in found if isinstance(why, str)]
         unreached = [n.path for n in case.norms if not n.calls]
-        if need in ("call", "outputs") and unreached:
+        if need in ("call", "outputs", "gradients") and unreached:
             said.append(f"the call does not reach {', '.join(unreached)}")
+        if need in ("call", "outputs", "steps") and frozen:
+            said.append(f"the call has running statistics normalize in {frozen}")
         if said:
             skipped[name] = "; ".join(said)
-    return Report(tuple(findings), skipped, len(case.norms))
+    return Report(tuple(findings), skipped, len({n.place for n in case.norms}))
 
 
 # What is known.
@@ -181,11 +193,14 @@ def doctor(
 
 def _is_module(model: Any) -> bool:
     of = [getattr(sys.modules.get(f"flax.{s}"), "Module", ()) for s in ("linen", "nnx")]
-    return isinstance(model, tuple(of))
+    return isinstance(model, tuple(of)) or isinstance(model, Replaced)
 
 
 def _refused(rule: str, got: str, todo: str) -> Exception:
     return _check.error(TypeError, "doctor", rule, got, todo)
+
+
+_OF_APPLY = {"rngs", "mutable", "method", "capture_intermediates"}
 
 
 def _of_model(
@@ -209,6 +224,12 @@ def _of_model(
             "a linen model needs its variables, and an nnx model has them",
             f"a model of {system}, variables of {type(variables).__name__}",
             "Pass variables=model.init(...), trained, or leave them out for nnx",
+        )
+    if system == "linen" and (names := sorted(_OF_APPLY & set(kwargs))):
+        raise _refused(
+            "the arguments must be those of the model's call, and not of its apply",
+            f"{', '.join(names)}",
+            "Leave them out: the doctor makes collections mutable, and random keys",
         )
     if system == "linen" and not (args or kwargs):
         raise _refused(
@@ -305,6 +326,7 @@ def _enter(case: Case, measured: calls.Measured) -> None:
     statistics = models.flat(measured.statistics)
     slopes = models.flat(measured.slopes)
     case.called, case.gap, case.finite = True, measured.gap, measured.finite
+    case.differentiated = measured.slopes is not None
     for norm in case.norms:
         if norm.place not in measured.seen:
             continue
@@ -361,20 +383,19 @@ def _of_tree(
     _check_some(norms, f"{type(tree).__name__} of {sorted(tree)}, and {nothing}")
     _check_shapes(norms)
     if stacked:
-        for norm in norms:
-            norm.values = {k: a[0] for k, a in norm.values.items()}
+        norms = [
+            dataclasses.replace(n, values={k: a[i] for k, a in n.values.items()})
+            for n in norms
+            for i in range(min(len(a) for a in n.values.values()))
+        ]
     return Case(norms, None, arrays, params, stacked=stacked, **given)
 
 
 def _in_tree(arrays: dict) -> list[Patient]:
-    """The norms of a tree, by the names of its arrays, which is all there is.
-
-    Those of an optimizer's state, moments of gradients, are none.
-    """
-    of_optimizer = {"opt_state", "mu", "nu", "trace"}
+    """The norms of a tree, by the names of its arrays, which is all there is."""
     nodes: dict[tuple, dict] = {}
-    for path, a in arrays.items():
-        if path and of_optimizer.isdisjoint(path) and np.ndim(a) > 0:
+    for path, a in checkpoints.without_optimizer(arrays).items():
+        if path and np.ndim(a) > 0:
             nodes.setdefault(path[:-1], {})[path[-1]] = np.asarray(jax.device_get(a))
     stats = {k: of for k, of in nodes.items() if {"mean", "var"} <= set(of)}
     others = {k: of for k, of in nodes.items() if "scale" in of and set(of) <= _AFFINE}
@@ -437,23 +458,38 @@ def _argument(path: tuple) -> str:
 def _padding(tree: Any) -> dict[str, tuple]:
     """Padding in arguments: zeros at the end, of samples and of positions.
 
-    Samples at the end that are all zero; or, in arrays [N, T] of integers and [N, T, C]
-    of floats, positions at the end that are all zero, not equally many in all samples.
+    Samples at the end that are all zero, in all arguments together; or, in arrays
+    [N, T] of integers and [N, T, C] of floats, positions at the end that are all zero,
+    while none before is, not equally many in all samples, and two or more in some. Of
+    tokens that means that 0, where it is one, is a word like others: it comes anywhere.
     """
-    found = {}
-    for a in jax.tree.leaves(tree):
-        if not hasattr(a, "dtype") or a.dtype == bool or np.ndim(a) < 2:
+    arrays = [a for a in jax.tree.leaves(tree) if _is_data(a)]
+    batch = next((len(a) for a in arrays if a.ndim > 1), 0)
+    there = [(a, np.asarray(a) != 0) for a in arrays if len(a) == batch]
+    if not batch:
+        return {}
+    found: dict[str, tuple] = {}
+    ends = [_zeros_at_end(of.reshape(1, batch, -1).any(-1))[0] for _, of in there]
+    n = int(min(ends))
+    if 0 < n < batch:
+        found["samples"] = (n, (batch,))
+    for a, of in there:
+        if a.ndim != (2 if np.issubdtype(a.dtype, np.integer) else 3):
             continue
-        whole = np.issubdtype(a.dtype, np.integer)
-        a = np.asarray(a) != 0
-        n = _zeros_at_end(a.reshape(1, len(a), -1).any(-1))[0]
-        if 0 < n < len(a):
-            found["samples"] = (n, a.shape[:1])
-        if a.ndim == (2 if whole else 3):
-            at_end = _zeros_at_end(a.reshape(*a.shape[:2], -1).any(-1)[: len(a) - n])
-            if len(set(at_end)) > 1:
-                found["positions"] = (int(at_end.sum()), a.shape[:2])
+        of = of.reshape(*a.shape[:2], -1).any(-1)[: batch - n]
+        at_end = _zeros_at_end(of)
+        padded = len(set(at_end)) > 1 and max(at_end) > 1
+        if padded and at_end.sum() == (~of).sum():
+            found["positions"] = (int(at_end.sum()), a.shape[:2])
     return found
+
+
+def _is_data(a: Any) -> bool:
+    """Whether something is an array with an axis of samples; no random key is."""
+    numeric = hasattr(a, "dtype") and (
+        a.dtype == bool or jnp.issubdtype(a.dtype, jnp.number)
+    )
+    return numeric and np.ndim(a) > 0
 
 
 def _zeros_at_end(there: np.ndarray) -> np.ndarray:
