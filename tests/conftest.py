@@ -1,12 +1,14 @@
 """Eight simulated devices for every test, and the modes that tests ask for."""
 
 import fcntl
+import gc
 import os
 import shutil
 
 import jax
 import pytest
 
+gc.set_threshold(100_000, 50, 100)  # what tests leave is not looked through so often
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normjax import _check
+from normjax.tools import checkpoints
 
 _ARRAYS = ("mean", "var", "count", "scale", "bias")
-# What an optimizer keeps has the names of what it is of.
-_OPTIMIZER = re.compile(r"opt(imizer)?(_?states?)?", re.IGNORECASE)
 _NAME = re.compile(r"(batch|layer|rms|group|instance)_?norm", re.IGNORECASE)
 _KINDS = {
     "batch": "BatchNorm",
@@ -94,7 +93,8 @@ def norm_table(variables: Any) -> list[Row]:
     """
     nodes: dict[tuple, dict[str, np.ndarray]] = {}
     kernels = set()
-    for path, value in _arrays(variables, ()):
+    leaves = checkpoints.without_optimizer(dict(_arrays(variables, ())))
+    for path, value in leaves.items():
         *node, name = path
         where = tuple(n for n in node if n not in ("params", "batch_stats"))
         if name in _ARRAYS and _is_number(value):
@@ -130,17 +130,16 @@ def norm_table(variables: Any) -> list[Row]:
 
 
 def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple, Any]]:
-    """The leaves of a tree with the names that lead to them, but an optimizer's."""
+    """The leaves of a tree with the names that lead to them."""
     if hasattr(tree, "_asdict"):
         tree = tree._asdict()
     elif isinstance(tree, (list, tuple)):
         tree = dict(enumerate(tree))
     if isinstance(tree, Mapping):
         for name, value in tree.items():
-            if not _OPTIMIZER.fullmatch(str(name)):
-                # Beneath a variable of nnx there is its value.
-                own = () if name == "value" and path else (str(name),)
-                yield from _arrays(value, path + own)
+            # Beneath a variable of nnx there is its value.
+            own = () if name == "value" and path else (str(name),)
+            yield from _arrays(value, path + own)
     elif path and tree is not None:
         yield path, tree
 
