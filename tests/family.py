@@ -28,9 +28,9 @@ def _quick_options() -> dict[str, bool] | None:
     return options
 
 
-def quick_jit(f: Callable) -> Callable:
+def quick_jit(f: Callable, **options: Any) -> Callable:
     """`jax.jit`, for programs that take longer to compile than they are worth."""
-    return jax.jit(f, compiler_options=_quick_options())
+    return jax.jit(f, compiler_options=_quick_options(), **options)
 
 
 def tolerance(reduced: int, dtype: Any = jnp.float64, c: float = 10.0) -> float:

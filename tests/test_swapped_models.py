@@ -6,6 +6,7 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
+from family import quick_jit
 
 import normjax.linen
 import normjax.nnx
@@ -119,8 +120,8 @@ def test_linen_model_with_its_norms_swapped(model, x):
     loaded = flax.serialization.from_bytes(target, checkpoint)
     assert flax.serialization.to_bytes(loaded) == checkpoint
     close(
-        jax.jit(lambda v, x: step(ours, v, x))(loaded, x + 0.5),
-        jax.jit(lambda v, x: step(theirs, v, x))(loaded, x + 0.5),
+        quick_jit(lambda v, x: step(ours, v, x))(loaded, x + 0.5),
+        quick_jit(lambda v, x: step(theirs, v, x))(loaded, x + 0.5),
     )
     close(ours.apply(loaded, x, False), theirs.apply(loaded, x, False))
 
