@@ -13,6 +13,25 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_addoption(parser):
+    text = "compile as XLA does by default, in twice the time"
+    parser.addoption("--optimized", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    """Compiling is most of the time that tests take: leaves out what takes longest.
+
+    XLA's older emitters take half of it, and so does LLVM without its optimizations.
+    """
+    if config.getoption("--optimized"):
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    older = "--xla_cpu_use_fusion_emitters=false"  # which newer versions do not know
+    if jax.__version_info__ < (0, 11) and older not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {older}"
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def strict():
     """Refuses every implicit promotion of a dtype or a rank."""
@@ -28,11 +47,12 @@ def float64():
 
 
 @pytest.fixture
-def quick_compile():
-    """Compiling costs most of the time; the arithmetic is the same without its best."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized(pytestconfig):
+    """LLVM with its optimizations, for tests of what they may change."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    quick = not pytestconfig.getoption("--optimized")
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ A new norm adds its row here and inherits every suite that runs over `FAMILY`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,22 +14,6 @@ import numpy as np
 import normjax
 
 EPSILON = 1e-5
-
-
-@functools.cache
-def _quick_options() -> dict[str, bool] | None:
-    """Options of XLA that halve the time to compile; jax 0.12 has them no more."""
-    options = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-def quick_jit(f: Callable, **options: Any) -> Callable:
-    """`jax.jit`, for programs that take longer to compile than they are worth."""
-    return jax.jit(f, compiler_options=_quick_options(), **options)
 
 
 def tolerance(reduced: int, dtype: Any = jnp.float64, c: float = 10.0) -> float:

@@ -3,6 +3,8 @@
 import accuracy
 import pytest
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 HARD = ["100", "1e5", "1e3, one value 0", "1, one value 1e4"]
 
 

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import normjax
 from normjax import _moments
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SHAPE = (16, 6, 5, 8)
 
 

@@ -20,7 +20,6 @@ from normjax import linen, tools
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 EXAMPLE = load("convert_resnet18")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def needs(package):

@@ -187,14 +187,14 @@ def expected(kind: str, devices: int = 1):
         every = of_groups(GROUPS[devices], wy)
     else:
         every = losses(apply_reference, wy, where, 1.0)
-    whole = family.quick_jit(functools.partial(of_all(kind), every))
+    whole = jax.jit(functools.partial(of_all(kind), every))
     return jax.device_get(whole(point, direction, parameters, directions))
 
 
 def on_one_device(kind, wrap=lambda f: f):
     (x, dx, where, wy), (parameters, directions) = data(kind)
     found = {n: wrap(f) for n, f in losses(apply_normjax(None), wy, where, 1.0).items()}
-    return family.quick_jit(functools.partial(of_all(kind), found))(
+    return jax.jit(functools.partial(of_all(kind), found))(
         x, dx, parameters, directions
     )
 
@@ -222,7 +222,7 @@ def inside(context, kind):
             whole[name]["forward"] = lax.psum(whole[name]["forward"], c.names)
         return split, whole
 
-    return family.quick_jit(functools.partial(c.run, local))(*data(kind))
+    return jax.jit(functools.partial(c.run, local))(*data(kind))
 
 
 def outside(context, kind):
@@ -240,7 +240,7 @@ def outside(context, kind):
         return c.run(local, (x, where, wy), parameters)[1]
 
     every = {n: functools.partial(loss, n) for n in FAMILY}
-    return family.quick_jit(functools.partial(of_all(kind), every))(
+    return jax.jit(functools.partial(of_all(kind), every))(
         x, dx, parameters, directions
     )
 
@@ -251,7 +251,7 @@ def by_sharding(axis_type, kind):
     with jax.set_mesh(mesh((8,), ("d",), axis_type)):
         x, dx, where, wy = sharded(split, axis_type)
         every = losses(apply_normjax(None), wy, where, 1.0)
-        return family.quick_jit(functools.partial(of_all(kind), every))(
+        return jax.jit(functools.partial(of_all(kind), every))(
             x, dx, parameters, directions
         )
 
@@ -263,7 +263,7 @@ def ensemble(kind):
     two = jax.tree.map(
         lambda a: jnp.stack([2 * a + 1, a]), (x, dx, parameters, directions)
     )
-    found = family.quick_jit(jax.vmap(functools.partial(of_all(kind), every)))(*two)
+    found = jax.jit(jax.vmap(functools.partial(of_all(kind), every)))(*two)
     return jax.tree.map(lambda a: a[1], found)
 
 
@@ -283,7 +283,7 @@ def ensemble_of_shards(kind):
             whole[name]["forward"] = lax.psum(whole[name]["forward"], c.names)
         return split, whole
 
-    return family.quick_jit(functools.partial(c.run, local))(*data(kind))
+    return jax.jit(functools.partial(c.run, local))(*data(kind))
 
 
 def in_scan(loss):
@@ -324,7 +324,6 @@ CONTEXTS = {
 NAMED = [c for c in CONTEXTS if "side" in c or "shards" in c]
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("context", "kind"),
     [*itertools.product(CONTEXTS, KINDS), *itertools.product(NAMED, ["grouped"])],
@@ -371,7 +370,7 @@ def test_normalize_by_own_moments_has_the_gradient_of_standardize(norm, kind):
 
         gradient = jax.grad(loss, (0, 1))
         at, along = (point, parameters), (direction, directions)
-        return family.quick_jit(lambda: jax.jvp(gradient, at, along))()
+        return jax.jit(lambda: jax.jvp(gradient, at, along))()
 
     family.assert_close(found(one_door), found(two_doors), reduced=96)
 
@@ -386,9 +385,7 @@ def test_third_order_is_that_of_autodiff():
                 jnp.sin(apply("batch", x + t * dx, *parameters, None)[0]) * wy
             ).sum()
 
-        return family.quick_jit(jax.grad(jax.grad(jax.grad(along))))(
-            jnp.zeros((), x.dtype)
-        )
+        return jax.jit(jax.grad(jax.grad(jax.grad(along))))(jnp.zeros((), x.dtype))
 
     got, want = third(apply_normjax(None)), third(apply_reference)
     family.assert_close(got, want, reduced=x.size)
@@ -412,7 +409,7 @@ def test_hessian_and_per_example_gradients():
 
     for of in (jax.hessian, lambda f: jax.jacfwd(jax.jacrev(f)), jax.grad):
         got, want = (
-            family.quick_jit(jax.vmap(of(functools.partial(loss, apply=f))))(x, wy)
+            jax.jit(jax.vmap(of(functools.partial(loss, apply=f))))(x, wy)
             for f in (ours, plain)
         )
         family.assert_close(got, want, reduced=4)

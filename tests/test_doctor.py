@@ -269,7 +269,7 @@ IMAGES, LABELS = images(32)
 TX = optax.sgd(0.1)
 
 
-def test_a_trained_linen_model_is_healthy(quick_compile):
+def test_a_trained_linen_model_is_healthy():
     model = Digits()
     variables = jax.jit(model.init, static_argnums=2)(jax.random.key(0), IMAGES, False)
 
@@ -302,7 +302,7 @@ def test_a_trained_linen_model_is_healthy(quick_compile):
     assert (report.norms, report.failed(strict=True)) == (6, False)
 
 
-def test_a_trained_nnx_model_is_healthy(quick_compile):
+def test_a_trained_nnx_model_is_healthy():
     model = nnx.jit(lambda: NnxDigits(nnx.Rngs(0)))()
 
     def loss(model):
@@ -350,7 +350,7 @@ def linen_step(keeps, train, variables):
     return {**variables, **(updated if keeps else {})}
 
 
-def test_a_linen_step_that_drops_statistics_is_found(quick_compile):
+def test_a_linen_step_that_drops_statistics_is_found():
     model, variables = normed()
     evaluating = functools.partial(linen_step, True, False)
     report = tools.doctor(model, X, True, variables=variables, step=evaluating)
@@ -548,7 +548,7 @@ class Words(nnx.Module):
         return jax.tree.map(lambda a: jnp.log(-1 - a**2), y)
 
 
-def test_other_faults_of_a_call_are_found(quick_compile):
+def test_other_faults_of_a_call_are_found():
     tokens = np.array([[5, 3, 0, 0], [2, 0, 0, 0], [4, 4, 4, 1]])
     report = tools.doctor(Words(nnx.Rngs(0)), tokens, steps=0)
     found = {(f.name, f.path): (f.severity, f.what) for f in report.findings}
@@ -580,7 +580,7 @@ def test_other_faults_of_a_call_are_found(quick_compile):
     assert report.skipped["mask-unused"] == "the call does not reach unused"
 
 
-def test_statistics_that_a_call_does_not_reach_are_named(quick_compile):
+def test_statistics_that_a_call_does_not_reach_are_named():
     model, variables = normed()
     other = {"other": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}
     stats = linen_step(True, True, variables)["batch_stats"] | other
@@ -642,7 +642,7 @@ def trained(model, x=X):
 
 @pytest.mark.parametrize("norm", FROZEN)
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_frozen_norm_of_linen_is_not_taken_to_train(norm, n, quick_compile):
+def test_a_frozen_norm_of_linen_is_not_taken_to_train(norm, n):
     model, x = Biased(norm), X[:n, 0]
     variables = trained(model)
     assert calls.measure(model, variables, (x,), {}).gap == 0
@@ -654,7 +654,7 @@ def test_a_frozen_norm_of_linen_is_not_taken_to_train(norm, n, quick_compile):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_norm_of_nnx_is_not_taken_to_train(frozen, quick_compile):
+def test_a_frozen_norm_of_nnx_is_not_taken_to_train(frozen):
     report = tools.doctor(teacher(frozen), X[:, 0], steps=100)
     found = (
         set() if frozen else {("never-updated", "more/1"), ("mask-unused", "more/1")}
@@ -663,14 +663,14 @@ def test_a_frozen_norm_of_nnx_is_not_taken_to_train(frozen, quick_compile):
     assert report.skipped["few-values"].endswith("normalize in norm")
 
 
-def test_an_nnx_model_that_evaluates_is_called_to_train(quick_compile):
+def test_an_nnx_model_that_evaluates_is_called_to_train():
     model = teacher(False)
     model.eval()
     assert ("bias-before-norm", "norm") in named(tools.doctor(model, X[:, 0]))
 
 
 @pytest.mark.parametrize("rule", ["freeze", "layer"])
-def test_a_model_with_other_norms_in_place_is_looked_at(rule, quick_compile):
+def test_a_model_with_other_norms_in_place_is_looked_at(rule):
     model = Biased(nn.BatchNorm(use_running_average=False, name="norm"))
     variables = trained(model)
     if rule == "freeze":
@@ -683,13 +683,13 @@ def test_a_model_with_other_norms_in_place_is_looked_at(rule, quick_compile):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_bias_that_something_else_reads_changes_something(residual, quick_compile):
+def test_a_bias_that_something_else_reads_changes_something(residual):
     model = Biased(nn.BatchNorm(use_running_average=False, name="norm"), residual)
     report = tools.doctor(model, X, variables=trained(model))
     assert (("bias-before-norm", "norm") in named(report)) is not residual
 
 
-def test_a_mean_that_two_norms_take_off_takes_the_bias_off(quick_compile):
+def test_a_mean_that_two_norms_take_off_takes_the_bias_off():
     class Two(nn.Module):
         other: nn.Module
 
@@ -744,13 +744,13 @@ CALIBRATED = {"mean": SAMPLES.mean(0), "var": SAMPLES.var(0)}
         lambda y, off: (y, off.mean()),  # a loss beside them, small by chance
     ],
 )
-def test_outputs_that_are_meant_so_have_no_finding(outputs, quick_compile):
+def test_outputs_that_are_meant_so_have_no_finding(outputs):
     report = looked_at(outputs, SAMPLES[:32], **CALIBRATED)
     assert report.findings == (), str(report)
 
 
 @pytest.mark.parametrize("outputs", [lambda y, off: off.mean(), lambda y, off: off[:3]])
-def test_outputs_without_the_batchs_axis_are_not_compared(outputs, quick_compile):
+def test_outputs_without_the_batchs_axis_are_not_compared(outputs):
     report = looked_at(outputs, SAMPLES, **CALIBRATED)
     assert report.findings == () and report.skipped["train-eval-gap"] == (
         "needs the model, arguments of its call, and an output that is floating and has"
@@ -759,7 +759,7 @@ def test_outputs_without_the_batchs_axis_are_not_compared(outputs, quick_compile
     assert "dead-channels" not in report.skipped
 
 
-def test_calibrated_statistics_differ_from_a_batchs_by_chance(quick_compile):
+def test_calibrated_statistics_differ_from_a_batchs_by_chance():
     """The gap of 8 samples is large; statistics that are wrong are found in them."""
     few = SAMPLES[:8]
 
@@ -772,7 +772,7 @@ def test_calibrated_statistics_differ_from_a_batchs_by_chance(quick_compile):
     assert found(mean=CALIBRATED["mean"], var=CALIBRATED["var"] * 100)
 
 
-def test_before_the_first_step_initialization_is_no_fault(quick_compile):
+def test_before_the_first_step_initialization_is_no_fault():
     half = np.array([0.0, 0, 1, 1], np.float32)
     outputs = functools.partial(lambda y, off: (y * half, off))
     report = looked_at(outputs, SAMPLES * half + 9, steps=0)
@@ -823,7 +823,7 @@ def inside_of(shape, x):
 
 
 @pytest.mark.parametrize("over", ["scan", "jit", "carry"])
-def test_norms_within_compiled_parts_are_seen(over, quick_compile):
+def test_norms_within_compiled_parts_are_seen(over):
     model = Compiled(over)
     variables = inside_of((3,) if over == "scan" else (), X)
     variables["batch_stats"]["in"]["norm"]["mean"] += 5 * np.eye(4, dtype=np.float32)[3]
@@ -860,7 +860,7 @@ class Waiting(nnx.Module):
         return x
 
 
-def test_threads_do_not_see_each_others_norms(quick_compile):
+def test_threads_do_not_see_each_others_norms():
     barrier = threading.Barrier(2)
 
     def skipped(norms):
@@ -906,7 +906,7 @@ LATE = optax.linear_schedule(0.0, 1e-3, 100, 10)
         ),
     ],
 )
-def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays, quick_compile):
+def test_weight_decay_of_norms_is_found_in_any_chain(tx, decays):
     stats = {"n": {"mean": np.ones(3), "var": np.ones(3)}}
     report = tools.doctor({"params": PARAMS, "batch_stats": stats}, optimizer=tx)
     assert named(report) == ({("norm-decayed", "n")} if decays else set())
@@ -954,7 +954,7 @@ def test_samples_are_padding_where_all_inputs_are_zero():
         assert tools_padding(((labels[:, 0], x), {})) == found
 
 
-def test_rows_of_images_are_no_positions(quick_compile):
+def test_rows_of_images_are_no_positions():
     class Rows(nn.Module):
         channels: bool
 

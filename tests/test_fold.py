@@ -165,9 +165,7 @@ def arrays_of(model):
 @pytest.mark.parametrize(
     ("system", "dtype"), [("linen", "float64"), ("nnx", "float32")]
 )
-def test_every_layer_does_the_work_of_its_norm(
-    system, after, dtype, float64, quick_compile
-):
+def test_every_layer_does_the_work_of_its_norm(system, after, dtype, float64):
     xs, model = zoo(system, after, dtype)
     before = arrays_of(model)
     folded = tools.fold(*model, xs, seconds=0)
@@ -212,7 +210,7 @@ def test_the_folded_parameters_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("system", ["linen", "nnx"])
-def test_layers_of_one_feature_are_folded(system, quick_compile):
+def test_layers_of_one_feature_are_folded(system):
     x = np.random.default_rng(0).normal(size=(4, 1)).astype(np.float32)
     if system == "linen":
         several = nn.DenseGeneral((1, 2), name="several")
@@ -362,7 +360,7 @@ def kept():
     return model, of_linen(model, x), x
 
 
-def test_what_would_be_wrong_to_fold_stays_and_says_why(kept, quick_compile):
+def test_what_would_be_wrong_to_fold_stays_and_says_why(kept):
     model, variables, x = kept
     folded = tools.fold(model, variables, x, seconds=0)
     assert folded.report.folded == {"good": ("lone",)}
@@ -413,7 +411,7 @@ def test_norms_that_are_no_map_of_a_layer_s_features_stay():
         assert f"Got layers/1: {why}" in error_of(model, x)
 
 
-def test_norms_of_integers_are_folded(quick_compile):
+def test_norms_of_integers_are_folded():
     x = np.arange(3 * C).reshape(3, C)
     model = nn.Sequential([nn.BatchNorm(True), nn.Dense(3)])
     folded = tools.fold(model, of_linen(model, x), x, seconds=0)
@@ -457,7 +455,7 @@ READ = {
 }
 
 
-def test_what_is_read_beside_its_layer_or_norm_stays(quick_compile):
+def test_what_is_read_beside_its_layer_or_norm_stays():
     x = np.random.default_rng(0).normal(size=(C, C)).astype(np.float32)
     folded = tools.fold(Beside(), of_linen(Beside(), x), x, seconds=0)
     assert folded.report.folded == {"n_good": ("good",)}
@@ -534,7 +532,7 @@ def test_what_is_asked_for_must_be_possible(kept):
     )
 
 
-def test_there_must_be_something_to_fold(small, quick_compile):
+def test_there_must_be_something_to_fold(small):
     _, variables, x = small
     rule = "fold: there must be a batch norm to fold. Got "
     todo = " Pass a model in inference, with batch norms right after layers."
@@ -629,7 +627,7 @@ class Heads(nn.Module):
         return {name: {**ys, "float": y}[name] for name in self.of}
 
 
-def test_outputs_that_are_infinite_or_not_floating_are_compared(quick_compile):
+def test_outputs_that_are_infinite_or_not_floating_are_compared():
     x = np.random.default_rng(0).normal(size=(3, C)).astype(np.float32)
     variables = of_linen(Heads(), x)
     report = tools.fold(Heads(), variables, x, seconds=0).report
@@ -666,7 +664,7 @@ class Flagged(nn.Module):
         return self.dense(x)
 
 
-def test_a_folded_model_is_called_as_it_was_folded(quick_compile):
+def test_a_folded_model_is_called_as_it_was_folded():
     x = np.random.default_rng(0).normal(size=(3, C)).astype(np.float32)
     model = Flagged()
     variables = trained(models.abstract_init(model, x, False))
@@ -706,7 +704,7 @@ def test_a_folded_model_is_called_as_it_was_folded(quick_compile):
         )
 
 
-def test_a_replaced_model_is_folded_too(small, quick_compile):
+def test_a_replaced_model_is_folded_too(small):
     model = nn.Sequential([nn.Dense(C), nn.BatchNorm(True), nn.LayerNorm()])
     variables, x = of_linen(model, small[-1]), small[-1]
     replaced = tools.replace(model, "layer", "same")
@@ -740,7 +738,7 @@ def test_a_folded_norm_does_not_train():
 # What the folded model keeps.
 
 
-def test_dtypes_activations_boxes_and_the_kind_of_tree_stay(small, quick_compile):
+def test_dtypes_activations_boxes_and_the_kind_of_tree_stay(small):
     x = small[-1]
     axes = nn.with_partitioning(nn.initializers.zeros, (None, "d"))
     model = Small(
@@ -758,7 +756,7 @@ def test_dtypes_activations_boxes_and_the_kind_of_tree_stay(small, quick_compile
     assert 0 < folded.report.relative < 0.05  # bfloat16 is rounded before or after
 
 
-def test_sharded_kernels_stay_sharded(quick_compile):
+def test_sharded_kernels_stay_sharded():
     devices = mesh((4,), ("d",))
     x = np.ones((2, C), np.float32)
     model = Small(linen.BatchNorm(True))
@@ -772,10 +770,12 @@ def test_sharded_kernels_stay_sharded(quick_compile):
     kernel = folded.variables["params"]["dense"]["kernel"]
     assert kernel.sharding.is_equivalent_to(sharding, 2)
     alone = tools.fold(model, variables, x, seconds=0).variables
-    jax.tree.map(np.testing.assert_array_equal, folded.variables, alone)
+    eps = np.finfo(np.float32).eps
+    close = functools.partial(np.testing.assert_allclose, rtol=4 * eps, atol=eps)
+    jax.tree.map(close, folded.variables, alone)
 
 
-def test_only_the_paths_that_are_named_are_folded(quick_compile):
+def test_only_the_paths_that_are_named_are_folded():
     x = np.ones((2, C), np.float32)
     norm = functools.partial(linen.BatchNorm, True)
     model = nn.Sequential([nn.Dense(C), norm(), nn.relu, nn.Dense(C), norm()])
@@ -827,7 +827,7 @@ class OneLayer(nnx.Module):
         return jax.nn.relu(self.norm(self.linear(x)))
 
 
-def test_nnx_layers_are_folded_where_they_are_the_norms_alone(quick_compile):
+def test_nnx_layers_are_folded_where_they_are_the_norms_alone():
     x = np.random.default_rng(0).normal(size=(3, C)).astype(np.float32)
     model = Siamese(nnx.Rngs(0))
     nnx.update(model, trained(nnx.state(model)))
@@ -847,7 +847,7 @@ def test_nnx_layers_are_folded_where_they_are_the_norms_alone(quick_compile):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_complex_norms_need_complex_layers(dtype, quick_compile):
+def test_complex_norms_need_complex_layers(dtype):
     x = np.exp(1j * np.arange(2 * C)).astype(np.complex64).reshape(2, C)
     model = Small(linen.BatchNorm(True), nn.Dense(C, param_dtype=dtype))
     variables = of_linen(model, x)

@@ -104,7 +104,7 @@ def moved(model, variables):
     }
 
 
-def test_frozen_statistics_stay_in_scan_remat_jit_and_grad(variables, quick_compile):
+def test_frozen_statistics_stay_in_scan_remat_jit_and_grad(variables):
     """Training is then what inference is, with its gradients, bit for bit."""
     frozen = tools.freeze(Model())
     (value, stats), grads = gradients(frozen, variables, True)
@@ -113,7 +113,7 @@ def test_frozen_statistics_stay_in_scan_remat_jit_and_grad(variables, quick_comp
     same_bits((value, grads), (want, want_grads))
 
 
-def test_only_what_matches_is_frozen_and_unfrozen(variables, quick_compile):
+def test_only_what_matches_is_frozen_and_unfrozen(variables):
     everything = {
         f"{b}/{n}" for b in ("encoder", "scanned") for n in ("ours", "theirs")
     }
@@ -268,7 +268,7 @@ def test_what_is_unfrozen_is_what_it_was(fields):
     assert again.momentum == 0.5
 
 
-def test_what_the_model_itself_has_frozen_is_unfrozen(quick_compile):
+def test_what_the_model_itself_has_frozen_is_unfrozen():
     fields = {"normalize_with": "running", "update_statistics": False}
     model = linen.BatchNorm(False, **fields)
     variables = model.init(jax.random.key(0), X)

@@ -7,15 +7,13 @@ import numpy as np
 import optax
 import pytest
 from contexts import mesh
-from family import assert_close, quick_jit
+from family import assert_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from systems import SYSTEMS
 
 import normjax
 import normjax.linen
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SHAPE = (8, 3, 2, 4)  # [N, S, T, C]
 
@@ -96,7 +94,7 @@ def test_ghosts_of_all_devices_make_the_moments(masked):
     x, scale, bias, where = data(masked)
     where = jnp.ones(SHAPE, bool) if where is None else where
 
-    @quick_jit
+    @jax.jit
     def sharded(x, where):
         def f(x, where):
             y, m = normjax.batch_norm(
@@ -131,7 +129,7 @@ def test_ghosts_of_a_sharded_batch_stay_on_their_devices(kind):
         text = jax.jit(y_of).lower(x).compile().as_text()
         assert "all-gather(" not in text and "all-reduce(" not in text
         want = one_by_one(data()[0], scale, bias, None, 2)[0]
-        assert_close(np.asarray(quick_jit(y_of)(x)), np.asarray(want), x.size)
+        assert_close(np.asarray(jax.jit(y_of)(x)), np.asarray(want), x.size)
 
 
 @pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)

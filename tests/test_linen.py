@@ -11,12 +11,9 @@ import numpy as np
 import optax
 import pytest
 from contexts import AxisType, mesh
-from family import quick_jit
 from jax.sharding import PartitionSpec as P
 
 from normjax import linen
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODULES = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
 REQUIRED = {
@@ -90,7 +87,7 @@ def test_module_is_flaxs(name, fields, dtype):
             y, updates = module.apply(variables, x, mutable=["batch_stats"])
             return (jnp.sin(y.astype(jnp.float32))).sum(), (y, updates)
 
-        gradient = quick_jit(jax.grad(loss, (0, 1), has_aux=True))
+        gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
         found.append((variables, *gradient(variables, x)))
     ours, theirs = found
     assert described(ours) == described(theirs)
@@ -246,7 +243,7 @@ def test_scanned_blocks_keep_statistics_of_their_own():
     )()
     variables = scanned.init(jax.random.key(0), x)
     assert variables["batch_stats"]["BatchNorm_0"]["mean"].shape == (3, 4)
-    (y, _), updates = quick_jit(
+    (y, _), updates = jax.jit(
         functools.partial(scanned.apply, mutable=["batch_stats"])
     )(variables, x)
     for i in range(3):
@@ -270,7 +267,7 @@ def test_remat_updates_statistics_once_and_keeps_the_gradient():
             )
             return (y**3).sum(), updates
 
-        return quick_jit(jax.grad(loss, has_aux=True))(variables["params"])
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
     plain = Residual()
     variables = plain.init(jax.random.key(0), x)
@@ -285,7 +282,7 @@ def test_ensemble_by_vmap_is_each_member_alone():
         jax.random.split(jax.random.key(0)), x[0]
     )
     apply = functools.partial(block.apply, mutable=["batch_stats"])
-    together = quick_jit(jax.vmap(apply))(variables, x)
+    together = jax.jit(jax.vmap(apply))(variables, x)
     for i in range(2):
         alone = apply(jax.tree.map(lambda a, i=i: a[i], variables), x[i])
         jax.tree.map(
@@ -328,12 +325,12 @@ def training_steps(way, x, target):
             for a in (x, target)
         )
     if way in ("one device", "jit"):
-        run = quick_jit(step)
+        run = jax.jit(step)
     elif way == "pmap":
         x, target = (a.reshape(8, -1, *a.shape[1:]) for a in (x, target))
         run = jax.pmap(step, axis_name="d", in_axes=(None, 0, 0), out_axes=None)
     else:
-        run = quick_jit(
+        run = jax.jit(
             jax.shard_map(
                 step,
                 mesh=mesh((8,), ("d",)),
@@ -372,10 +369,10 @@ def test_sharded_channels(kind, masked):
             y, _ = module.apply(variables, x, mask=mask, mutable=["batch_stats"])
             return (jnp.sin(y) * jnp.arange(8.0)).sum()
 
-        want = quick_jit(jax.value_and_grad(loss))(x)
+        want = jax.jit(jax.value_and_grad(loss))(x)
         devices = mesh((8,), ("d",), kind)
         with jax.set_mesh(devices):
             split = jax.device_put(x, jax.NamedSharding(devices, P(None, None, "d")))
-            got = quick_jit(jax.value_and_grad(loss))(split)
+            got = jax.jit(jax.value_and_grad(loss))(split)
         np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
         np.testing.assert_allclose(got[1], want[1], atol=1e-5)

@@ -30,11 +30,6 @@ X = (RNG.normal(size=(6, 5, 4)) * [1, 2, 3, 4] + [5, 0, -3, 1]).astype(np.float3
 GOLDEN = pathlib.Path(write.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def quickly(quick_compile):
-    """Programs are small, and compiling them is most of the time."""
-
-
 def init(model, *args):
     return jax.jit(model.init)(jax.random.key(0), *args)
 

@@ -18,8 +18,6 @@ import normjax
 import normjax.linen
 import normjax.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SHAPE = (3, 8, 2, 4)  # [N, S, T, C]
 ACTIVATIONS = [jax.nn.relu, jax.nn.softplus]  # softplus(0) is not 0
 

@@ -11,8 +11,6 @@ from systems import NAMES, Nnx
 
 from normjax import linen, nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CASES = [
     ("BatchNorm", {}),
     ("BatchNorm", {"use_running_average": True}),

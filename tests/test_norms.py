@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import normjax
 
-pytestmark = pytest.mark.usefixtures("strict", "quick_compile")
+pytestmark = pytest.mark.usefixtures("strict")
 
 few = settings(max_examples=5, deadline=None, derandomize=True)
 norms = pytest.mark.parametrize("norm", FAMILY)
@@ -65,7 +65,7 @@ def test_norm_is_its_formula_under_any_mask_that_broadcasts(norm, data):
     where = jax.random.bernoulli(jax.random.key(seed), 0.6, mask_shape)
     x, (scale, bias) = normal(shape, seed + 1), parameters(shape[-1])
 
-    @family.quick_jit  # one program for each shape, and not one for each operation
+    @jax.jit  # one program for each shape, and not one for each operation
     def both(x, scale, bias, where):
         y = FAMILY[norm].call(jnp.where(where, x, jnp.nan), scale, bias, where)
         return y, family.reference(FAMILY[norm], x, scale, bias, where)
@@ -140,7 +140,7 @@ def test_axes_of_size_one_change_nothing(norm, shape, masked):
         return (jnp.sin(y) * normal(shape, 9)).sum(), y
 
     (ours, y), (theirs, want) = (
-        family.quick_jit(jax.grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(
+        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(
             x, scale, bias
         )
         for f in (
@@ -211,7 +211,7 @@ def test_a_bad_value_of_weight_zero_leaves_no_trace(norm, bad):
     def loss(x, scale, bias, w):
         return jnp.sin(FAMILY[norm].call(x, scale, bias, w)).sum()
 
-    gradient = family.quick_jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
     want = gradient(jnp.where(w > 0, x, jnp.zeros_like(x)), scale, bias, w)
     got = gradient(jnp.where(w > 0, x, jnp.full_like(x, bad)), scale, bias, w)
     jax.tree.map(np.testing.assert_array_equal, got, want)

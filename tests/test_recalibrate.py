@@ -23,11 +23,6 @@ from normjax.tools.merging import Merged
 recalibrate = functools.partial(tools.recalibrate, progress=False)
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compile):
-    """Every sweep compiles its own program."""
-
-
 def data(n=600, features=3, seed=0):
     """Values far from zero, that drift, so that batches differ."""
     rng = np.random.default_rng(seed)

@@ -83,9 +83,7 @@ def kinds(norms):
 # Linen.
 
 
-def test_the_replaced_model_is_the_one_written_so_in_scan_remat_jit_and_grad(
-    quick_compile,
-):
+def test_the_replaced_model_is_the_one_written_so_in_scan_remat_jit_and_grad():
     training = functools.partial(nn.BatchNorm, use_running_average=False)
     model = Stacked(block(training))
     written = Stacked(block(functools.partial(linen.GroupNorm, 2, epsilon=1e-5)))
@@ -108,7 +106,7 @@ def test_the_replaced_model_is_the_one_written_so_in_scan_remat_jit_and_grad(
     same_bits(step(grouped), step(written))
 
 
-def test_flax_is_replaced_by_the_same_of_normjax(quick_compile):
+def test_flax_is_replaced_by_the_same_of_normjax():
     variables = trained(models.abstract_init(Kinds(), X))
     same = tools.replace(Kinds(), "any", "same")
     mask = jnp.arange(5)[:, None] < 4
@@ -163,7 +161,7 @@ def test_every_kind_becomes_what_it_can(old, new):
     assert set(dropped) == lost
 
 
-def test_all_norms_at_once_become_layer_norms_or_none(quick_compile):
+def test_all_norms_at_once_become_layer_norms_or_none():
     variables = trained(models.abstract_init(Kinds(), X))
     layers = tools.replace(Kinds(), "any", "layer")
     assert set(kinds(tools.find_norms(layers, X)).values()) == {"LayerNorm"}
@@ -175,7 +173,7 @@ def test_all_norms_at_once_become_layer_norms_or_none(quick_compile):
     same_bits(none.apply(converted, X, True), nn.Dense(4).apply(dense, X))
 
 
-def test_rules_follow_one_another_by_path_and_kind(quick_compile):
+def test_rules_follow_one_another_by_path_and_kind():
     model = tools.replace(Kinds(), "batch", "layer")
     model = tools.replace(model, "layer", "rms", paths=["lay*", "batch"])
     model = tools.replace(model, "instance", lambda norm: nn.Dense(3))
@@ -248,7 +246,7 @@ def test_a_substitution_around_sees_the_norms_that_there_are_now():
     assert_close(updates["batch_stats"]["mean"], X.mean((0, 1)), 10)
 
 
-def test_added_residuals_stay_added(quick_compile):
+def test_added_residuals_stay_added():
     class Adds(nn.Module):
         @nn.compact
         def __call__(self, x, h):
@@ -634,7 +632,7 @@ def test_a_norm_that_a_call_does_not_reach_is_no_fault():
         none.apply(variables, X, method="first")
 
 
-def test_a_layer_with_a_bias_is_no_norm_that_a_call_does_not_reach(quick_compile):
+def test_a_layer_with_a_bias_is_no_norm_that_a_call_does_not_reach():
     class Layers(nn.Module):
         def setup(self):
             self.dense, self.batch, self.layer = nn.Dense(4), Batch(), nn.LayerNorm()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import mesh
-from family import quick_jit, tolerance
+from family import tolerance
 from flax import nnx
 from jax import export
 from jax.sharding import PartitionSpec as P
@@ -24,8 +24,6 @@ from systems import NAMES
 
 import normjax.linen
 import normjax.nnx
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FEATURES = 4
 FIELDS = {"BatchNorm": {"momentum": 0.5}, "GroupNorm": {"num_groups": 2}}
@@ -141,10 +139,10 @@ def linen_both(run, **fields):
 
 
 X = normal(4, 6, FEATURES)
-our_step = quick_jit(functools.partial(linen_step, Linen()))
-flax_step = quick_jit(functools.partial(linen_step, Linen(nn)))
+our_step = jax.jit(functools.partial(linen_step, Linen()))
+flax_step = jax.jit(functools.partial(linen_step, Linen(nn)))
 # The variables and a step of Flax's model: what most tests begin and end with.
-init = functools.cache(lambda: quick_jit(Linen(nn).init)(KEY, X))
+init = functools.cache(lambda: jax.jit(Linen(nn).init)(KEY, X))
 linen_want = functools.cache(lambda: flax_step(init(), X))
 
 

@@ -6,12 +6,9 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
-from family import quick_jit
 
 import normjax.linen
 import normjax.nnx
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 class ResNetBlock(nn.Module):
@@ -120,8 +117,8 @@ def test_linen_model_with_its_norms_swapped(model, x):
     loaded = flax.serialization.from_bytes(target, checkpoint)
     assert flax.serialization.to_bytes(loaded) == checkpoint
     close(
-        quick_jit(lambda v, x: step(ours, v, x))(loaded, x + 0.5),
-        quick_jit(lambda v, x: step(theirs, v, x))(loaded, x + 0.5),
+        jax.jit(lambda v, x: step(ours, v, x))(loaded, x + 0.5),
+        jax.jit(lambda v, x: step(theirs, v, x))(loaded, x + 0.5),
     )
     close(ours.apply(loaded, x, False), theirs.apply(loaded, x, False))
 

@@ -12,8 +12,6 @@ from systems import NAMES, SYSTEMS
 
 import normjax
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 both = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 
 
