@@ -234,6 +234,8 @@ def work(args: argparse.Namespace) -> int:
 
 # What a process raises that waited in vain for another.
 FOR_WANT = re.compile("Timed out|DEADLINE|UNAVAILABLE|Gloo|Connection|task died")
+# TensorStore's settings, which its errors end with, and which are longer than they are.
+SETTINGS = re.compile(r" \[[\w ]+='.*'\]")
 
 
 def root(error: BaseException | None) -> tuple[str, bool]:
@@ -244,6 +246,7 @@ def root(error: BaseException | None) -> tuple[str, bool]:
     reasons = []
     while error is not None:
         why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = SETTINGS.sub("", why)
         reasons.append(why if len(why) < 400 else f"{why[:200]} ... {why[-200:]}")
         error = error.__cause__ or error.__context__
     own = [why for why in reasons if not FOR_WANT.search(why)]

@@ -66,3 +66,19 @@ def test_pure_functions_needs_its_running_moments(monkeypatch, capsys):
     assert accuracy < FLOOR
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"held-out accuracy {accuracy:.4f} under running moments")
+
+
+def test_a_process_says_why_it_failed_and_not_how_its_files_are_set(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    path = "/checkpoints/10.orbax-checkpoint-tmp/ocdbt.process_0/" * 4
+    why = f'OUT_OF_RANGE: Failed writing: "{path}": File too large'
+    settings = f"[tensorstore_spec='{{\"path\": \"{path}\"}}'] [os_error_code='27']"
+    root = load("multihost").root
+    said, for_want = root(ValueError(f"{why} {settings}"))
+    assert said.startswith("ValueError: OUT_OF_RANGE: ")
+    assert said.endswith('": File too large')
+    assert not for_want
+    assert root(ValueError("no [brackets] of theirs")) == (
+        "ValueError: no [brackets] of theirs",
+        False,
+    )
