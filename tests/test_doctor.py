@@ -147,18 +147,14 @@ def of_nnx():
 
 @functools.cache
 def report(system, sound):
-    jax.config.update("jax_disable_most_optimizations", True)
     given = {"optimizer": optimizer(sound), "steps": 20}
-    try:
-        if system == "nnx":
-            return tools.doctor(of_nnx()[sound], X, **given)
-        variables = of_linen()[sound]
-        before = jax.tree.map(np.array, variables)
-        found = tools.doctor(Linen(sound), X, train=True, variables=variables, **given)
-        jax.tree.map(np.testing.assert_array_equal, before, variables)
-        return found
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    if system == "nnx":
+        return tools.doctor(of_nnx()[sound], X, **given)
+    variables = of_linen()[sound]
+    before = jax.tree.map(np.array, variables)
+    found = tools.doctor(Linen(sound), X, train=True, variables=variables, **given)
+    jax.tree.map(np.testing.assert_array_equal, before, variables)
+    return found
 
 
 FAULTS = {

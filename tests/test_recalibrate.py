@@ -417,7 +417,7 @@ def test_a_prior_mixes_n_samples_of_the_old_with_those_seen(strict):
     assert_statistics(none["batch_stats"]["mean"], none["batch_stats"]["var"], x)
 
 
-def test_a_step_needs_no_more_memory_than_the_forward_pass_and_the_statistics():
+def test_a_step_needs_no_more_memory_than_the_forward_and_the_statistics(optimized):
     from normjax.tools.recalibrate import _program, _sweep_of
 
     class Deep(nn.Module):
@@ -427,7 +427,6 @@ def test_a_step_needs_no_more_memory_than_the_forward_pass_and_the_statistics():
                 x = nn.relu(nn.BatchNorm(False)(nn.Dense(32)(x)))
             return x
 
-    jax.config.update("jax_disable_most_optimizations", False)
     x = jnp.ones((4096, 32))
     v = Deep().init(jax.random.key(0), x)
     sweep = _sweep_of(applied(Deep()), v, "batch")
@@ -444,13 +443,14 @@ def test_a_step_needs_no_more_memory_than_the_forward_pass_and_the_statistics():
 # The digits.
 
 
-def test_digits_are_read_again_after_statistics_are_ruined_and_images_corrupted():
+def test_digits_are_read_again_though_statistics_are_ruined_or_images_corrupted(
+    optimized,
+):
     """With seeds 1 to 6, recalibrated is within 0.3 points, and each gain above 50."""
     path = pathlib.Path(__file__).parent.parent / "examples/recalibrate.py"
     spec = importlib.util.spec_from_file_location("recalibrate_example", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    jax.config.update("jax_disable_most_optimizations", False)
     training, test = example.digits()
     trained = example.train(training, 100)
     ruined = example.averaged(trained, training, *example.SLOW)
