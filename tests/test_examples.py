@@ -48,7 +48,7 @@ def test_pure_functions_learns_without_flax():
     assert imported == ["True", "False"]
 
 
-def test_pure_functions_needs_its_norms(monkeypatch):
+def test_pure_functions_needs_its_norms(monkeypatch, optimized):
     batch_norm = normjax.batch_norm
 
     def no_norm(x, scale, bias, *, moments=None):
@@ -59,7 +59,7 @@ def test_pure_functions_needs_its_norms(monkeypatch):
     assert example.main(["--epochs", EPOCHS]) < FLOOR
 
 
-def test_pure_functions_needs_its_running_moments(monkeypatch, capsys):
+def test_pure_functions_needs_its_running_moments(monkeypatch, capsys, optimized):
     example = load("pure_functions")
     monkeypatch.setattr(example, "MOMENTUM", 1.0)  # nothing moves
     accuracy = example.main(["--epochs", EPOCHS])
