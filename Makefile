@@ -17,7 +17,7 @@ compare: $(DONE)
 	$(PY) examples/compare_norms.py
 
 # A file's tests share what they compile, so that a worker gets whole files.
-# `make test OPTIONS=--optimized` compiles as users do, in twice the time.
+# `make test OPTIONS=--optimized` compiles as users do; it takes longer.
 OPTIONS ?=
 test: $(DONE) lint types
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(OPTIONS)

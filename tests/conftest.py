@@ -14,22 +14,25 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_addoption(parser):
-    text = "compile as XLA does by default, in twice the time"
+    text = "compile as users do; it takes longer"
     parser.addoption("--optimized", action="store_true", help=text)
 
 
 def pytest_configure(config):
-    """Compiling is most of the time that tests take: leaves out what takes longest.
-
-    XLA's older emitters take half of it, and so does LLVM without its optimizations.
-    """
-    if config.getoption("--optimized"):
-        return
-    flags = os.environ.get("XLA_FLAGS", "")
+    """Takes XLA's older emitters, where it has them: they compile in half the time."""
     older = "--xla_cpu_use_fusion_emitters=false"  # which newer versions do not know
-    if jax.__version_info__ < (0, 11) and older not in flags:
+    flags = os.environ.get("XLA_FLAGS", "")
+    known = jax.__version_info__ < (0, 11)
+    if known and older not in flags and not config.getoption("--optimized"):
         os.environ["XLA_FLAGS"] = f"{flags} {older}"
-    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compile(pytestconfig):
+    """Leaves LLVM's optimizations out, since tests mostly wait for the compiler."""
+    quick = not pytestconfig.getoption("--optimized")
+    jax.config.update("jax_disable_most_optimizations", quick)
+    return quick
 
 
 @pytest.fixture
@@ -47,12 +50,11 @@ def float64():
 
 
 @pytest.fixture
-def optimized(pytestconfig):
+def optimized(quick_compile):
     """LLVM with its optimizations, for tests of what they may change."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    quick = not pytestconfig.getoption("--optimized")
-    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_disable_most_optimizations", quick_compile)
 
 
 @pytest.fixture(scope="session")

@@ -130,12 +130,12 @@ def norms(kind: str):
 
 
 def derivatives(
-    loss, x, dx, parameters, directions, name, kind, collect=lambda t: t, share=1.0
+    loss, x, dx, parameters, directions, kind, collect=lambda t: t, share=1.0
 ):
     """First and second order, forward and reverse, as (split, whole) results.
 
-    Compiling takes the time, so reverse over reverse is taken of one kind and of the
-    norms of each way, and a gradient that is not a part of the second order of another.
+    Compiling takes the time, so reverse over reverse is taken of one kind, and a
+    gradient that is not a part of the second order of another.
     """
 
     def gradient(x, parameters):
@@ -154,7 +154,7 @@ def derivatives(
         gx, gp = gradient(*point)
     split = {"grad": gx, "forward over reverse": hx}
     whole = {"grad": gp, "forward over reverse": hp, "forward": forward}
-    if kind == "masked" and name in OF_EACH_WAY:
+    if kind == "masked":
         rx, rp = jax.grad(of_gradient, (0, 1))(*point)
         split["reverse over reverse"] = rx
         whole["reverse over reverse"] = collect(rp)
@@ -167,7 +167,7 @@ def of_all(kind):
     def every(losses, x, dx, parameters, directions, **options):
         found = {
             name: derivatives(
-                losses[name], x, dx, parameters, directions, name, kind, **options
+                losses[name], x, dx, parameters, directions, kind, **options
             )
             for name in norms(kind)
         }

@@ -417,7 +417,8 @@ def test_a_prior_mixes_n_samples_of_the_old_with_those_seen(strict):
     assert_statistics(none["batch_stats"]["mean"], none["batch_stats"]["var"], x)
 
 
-def test_a_step_needs_no_more_memory_than_the_forward_and_the_statistics(optimized):
+@pytest.mark.usefixtures("optimized")
+def test_a_step_needs_no_more_memory_than_the_forward_pass_and_the_statistics():
     from normjax.tools.recalibrate import _program, _sweep_of
 
     class Deep(nn.Module):
@@ -443,9 +444,8 @@ def test_a_step_needs_no_more_memory_than_the_forward_and_the_statistics(optimiz
 # The digits.
 
 
-def test_digits_are_read_again_though_statistics_are_ruined_or_images_corrupted(
-    optimized,
-):
+@pytest.mark.usefixtures("optimized")
+def test_digits_are_read_again_after_statistics_are_ruined_and_images_corrupted():
     """With seeds 1 to 6, recalibrated is within 0.3 points, and each gain above 50."""
     path = pathlib.Path(__file__).parent.parent / "examples/recalibrate.py"
     spec = importlib.util.spec_from_file_location("recalibrate_example", path)
