@@ -61,7 +61,8 @@ def connect(args: argparse.Namespace) -> None:
     """Joins the other processes; on a cluster JAX finds them by itself."""
     if args.devices is not None:
         jax.config.update("jax_num_cpu_devices", args.devices)
-    # What is started again does not compile again.
+    # What is started again does not compile again: JAX keeps what process 0 compiled,
+    # which on accelerators serves all.
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

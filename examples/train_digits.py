@@ -35,9 +35,6 @@ import optax
 import orbax.checkpoint as ocp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from normjax import linen
@@ -166,6 +163,10 @@ class Digits(NamedTuple):
 @functools.cache
 def digits(dtype: str) -> tuple[Digits, Digits]:
     """Returns the images to train on and those held out, the same ones always."""
+    # Imported here, since what only launches processes need not wait for them.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     images = (data.images[..., None] / 16).astype(dtype)
     labels = data.target.astype(np.int32)
@@ -483,6 +484,8 @@ def spreads(args: argparse.Namespace, state: dict) -> dict[str, list]:
 
 def draw(path: Path, history: dict, by_layer: dict[str, list]) -> None:
     """Saves the picture of a run: its training, and its spread by layer."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     panels = figure.subplot_mosaic([["loss", "spread"], ["accuracy", "spread"]])
     draw_training(panels["loss"], panels["accuracy"], history)
