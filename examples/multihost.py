@@ -15,6 +15,7 @@ host runs one worker, and the scheduler takes the place of the launcher:
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import queue
@@ -154,6 +155,15 @@ def has_room(args: argparse.Namespace, state: dict, step: int) -> bool:
     return fits
 
 
+def bound(seconds: int) -> None:
+    """Ends this process where its next word is later, and says where it hung.
+
+    The launcher, where there is one, is first, and the coordinator last.
+    """
+    seconds += GRACE + (LINGER if jax.process_index() == 0 else 0)
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
 def rehearse(fault: str | None, worker: int, step: int) -> None:
     """Does to this worker what --fault says, if it is the one and this the step."""
     if fault is None:
@@ -175,6 +185,7 @@ def rehearse(fault: str | None, worker: int, step: int) -> None:
 def work(args: argparse.Namespace) -> int:
     """Trains, as one of all processes; returns the exit status."""
     connect(args)
+    bound(args.start_timeout)
     agree(args)
     worker, processes = jax.process_index(), jax.process_count()
     mesh = jax.make_mesh(
@@ -199,6 +210,7 @@ def work(args: argparse.Namespace) -> int:
         state, losses = restore(manager, state)
         say("start", len(losses))
         for step in range(len(losses) + 1, args.steps + 1):
+            bound(args.hang_timeout)
             rehearse(args.fault, worker, step)
             say("step", step)
             manager.check_for_errors()  # of a save that is under way

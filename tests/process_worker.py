@@ -78,7 +78,17 @@ def step(net, reduce, state, x, mask):
     (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
     loss, gradients = reduce(loss), reduce(gradients)
     updates, moments = TX.update(gradients, moments, params)
-    return (optax.apply_updates(params, updates), statistics, moments), loss
+    return (optax.apply_updates(params, updates), statistics, moments), loss, gradients
+
+
+def outcome(state, losses, gradients):
+    """What is compared: of the gradients those of the last step."""
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "params": state[0],
+        "statistics": state[1],
+    }
 
 
 def alone(processes, dtype):
@@ -88,9 +98,9 @@ def alone(processes, dtype):
     mask, state, losses = jnp.ones(len(x), bool), start(dtype), []
     one = jax.jit(lambda state: step(Net(dtype), lambda a: a, state, x, mask))
     for _ in range(STEPS):
-        state, loss = one(state)
+        state, loss, gradients = one(state)
         losses.append(loss)
-    return {"losses": jnp.stack(losses), "params": state[0], "statistics": state[1]}
+    return outcome(state, losses, gradients)
 
 
 def together(way, process, processes, dtype):
@@ -130,7 +140,7 @@ def together(way, process, processes, dtype):
         one = jax.jit(of_all, out_shardings=same)
     for _ in range(STEPS):
         # Steps that wait for each other: jax 0.10 hangs where they queue up.
-        state, loss = jax.block_until_ready(one(state, x, mask))
+        state, loss, gradients = jax.block_until_ready(one(state, x, mask))
         losses.append(loss)
     drift = (
         tools.find_drift(state[:2], stacked=True)
@@ -142,9 +152,7 @@ def together(way, process, processes, dtype):
     def mine(a):
         return np.asarray(a.addressable_data(0)).reshape(a.shape[way == "pmap" :])
 
-    found = {"losses": losses, "params": state[0], "statistics": state[1]}
-    found = jax.tree.map(mine, found)
-    return found | {"losses": np.stack(found["losses"])}
+    return jax.tree.map(mine, outcome(state, losses, gradients))
 
 
 def disagree(process):

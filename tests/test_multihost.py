@@ -56,7 +56,7 @@ def end(process):
 
 
 def run_workers(out, *options):
-    """Runs two workers by themselves, and returns what each wrote to its errors."""
+    """Runs two workers by themselves: the exit status of each, and its errors."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
@@ -71,7 +71,8 @@ def run_workers(out, *options):
         for number in range(2)
     ]
     try:
-        return [worker.communicate(timeout=LIMIT)[1] for worker in workers]
+        errors = [worker.communicate(timeout=LIMIT)[1] for worker in workers]
+        return [worker.returncode for worker in workers], errors
     finally:
         for worker in workers:
             end(worker)
@@ -143,6 +144,22 @@ def test_a_fault_is_named_and_costs_no_loss(undisturbed, tmp_path, fault):
     began = re.findall(r"training from step (\d+)", words)
     assert len(began) == 2 and began[0] == "1" and int(began[1]) in again, words
     assert losses(tmp_path) == undisturbed
+
+
+NOBODY = {
+    "kill:1:3": ([1, -signal.SIGKILL], 0, "reset by peer|closed by peer"),
+    "kill:0:3": ([-signal.SIGKILL, 1], 1, "reset by peer|closed by peer"),
+    "hang:1:3": ([1, 1], 1, r"Timeout \(0:00:11\)!(.|\n)* in rehearse\n"),
+}
+
+
+@pytest.mark.parametrize("fault", NOBODY)
+def test_a_fault_ends_workers_that_nobody_watches(tmp_path, fault):
+    """As on a cluster, whose scheduler starts them again when they have ended."""
+    want, who, why = NOBODY[fault]
+    status, errors = run_workers(tmp_path, "--fault", fault, "--hang-timeout", "1")
+    assert status == want, errors
+    assert re.search(why, errors[who]), errors
 
 
 def test_sigterm_leaves_a_checkpoint_from_which_training_goes_on(undisturbed, tmp_path):
@@ -271,7 +288,7 @@ def test_a_checkpoint_of_another_mesh_is_refused(finished):
 def test_a_worker_refuses_the_checkpoint_of_another_model(finished):
     """Without the launcher, too, as on a cluster: each of them, and writes nothing."""
     before = files(finished)
-    for of_one in run_workers(finished, "--norm", "group"):
+    for of_one in run_workers(finished, "--norm", "group")[1]:
         assert "ValueError: --resume needs the settings of the checkpoint." in of_one
         assert "Got --norm group; the checkpoint" in of_one
         assert "has --norm batch." in of_one

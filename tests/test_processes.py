@@ -59,7 +59,7 @@ def trained(request, once):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("way", process_worker.WAYS)
 def test_processes_train_as_one_does(trained, way, dtype):
-    """Losses, parameters and statistics; samples uneven, a process with none."""
+    """In losses, gradients and statistics; one process may have no sample."""
     processes, out = trained
     with jax.enable_x64(True):
         want = process_worker.flat(process_worker.alone(processes, dtype))
