@@ -9,7 +9,8 @@ checkpoint, and the losses are those of a run that nothing befell. `--resume` go
 where a run was left, by SIGTERM or for good.
 
 `--fault kill:1:20` rehearses it: worker 1 is killed before step 20. The kinds are kill,
-raise, hang, term, and disk, which takes nothing more from then on. On a cluster each
+raise, hang, freeze, in which not even its heart beats, as of a machine that is lost,
+term, and disk, which takes nothing more from then on. On a cluster each
 host runs one worker, and the scheduler takes the place of the launcher:
 `python examples/multihost.py --worker`, see docs/scaling.md.
 """
@@ -45,17 +46,24 @@ from normjax import tools
 OUT = Path("out/multihost")
 STEPS = 100
 SAVE_EVERY = 10
+TELL_EVERY = 10
 DRIFT_EVERY = 25  # steps between two looks for replicas that differ
-FAULTS = ("kill", "raise", "hang", "term", "disk")
+FAULTS = ("kill", "raise", "hang", "freeze", "term", "disk")
 LEFT = 75  # exit status of a worker that was told to leave, and did
 FULL = 74  # of one that is done, but for a disk that has no room for the result
+REFUSED = 2  # of one that cannot train with what it is given, however often it is tried
 WELL = (0, LEFT, FULL)
+HEARTBEAT = 10  # seconds without a sign of life after which JAX gives a process up
 GRACE = 10  # seconds for those that fail to say why, once one of them has
 LINGER = 1  # seconds that the coordinator stays: JAX aborts the others without it
 LOSSES = "losses.json"
 
 
 # A worker: what runs on each host.
+
+
+class Refused(ValueError):
+    """What is given cannot be trained with, and was not touched."""
 
 
 def connect(args: argparse.Namespace) -> None:
@@ -69,15 +77,30 @@ def connect(args: argparse.Namespace) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     bounds = {
         "initialization_timeout": args.start_timeout,
-        "heartbeat_timeout_seconds": 10,
+        "heartbeat_timeout_seconds": HEARTBEAT,
         "shutdown_timeout_seconds": 10,
     }
     where = (args.address, args.processes, args.worker) if args.address else ()
     jax.distributed.initialize(*where, **bounds)
 
 
-def say(what: str, step: int, **facts: Any) -> None:
-    """Tells the launcher how far this worker is, one line of JSON."""
+def bound(seconds: int) -> None:
+    """Ends this process where its next word is later, and says where it hung.
+
+    The launcher, where there is one, is first, and the coordinator last.
+    """
+    seconds += GRACE + (LINGER if jax.process_index() == 0 else 0)
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def say(what: str, step: int, within: int | None = None, **facts: Any) -> None:
+    """Tells the launcher how far this worker is, one line of JSON.
+
+    `within`: seconds in which the next word follows, or this worker hangs.
+    """
+    if within is not None:
+        bound(within)
+        facts["within"] = within
     print(json.dumps({"what": what, "step": step, **facts}), flush=True)
 
 
@@ -102,14 +125,14 @@ def agree(args: argparse.Namespace) -> None:
     """Refuses checkpoints of another training, on every host, and marks its own."""
 
     def refuse(message):
-        raise ValueError(message)
+        raise Refused(message)
 
     args.processes = jax.process_count()
     problem = None
     if any(p.name.isdigit() for p in (args.out / "checkpoints").glob("*")):
         try:
             digits.check_resume(args.out, settings(args), refuse)
-        except ValueError as error:
+        except Refused as error:
             problem = error
     elif jax.process_index() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -120,19 +143,40 @@ def agree(args: argparse.Namespace) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, state: dict) -> tuple[dict, list]:
-    """Returns the newest state and losses that can be read, or those given."""
+    """Returns the newest state and losses that can be read, or those given.
+
+    What cannot be read is set aside where an older checkpoint can. Where none can, it
+    need not be their fault, and nothing is touched.
+    """
     args = ocp.args.Composite(
         state=ocp.args.StandardRestore(state), losses=ocp.args.JsonRestore()
     )
+    unreadable = {}
     for step in sorted(manager.all_steps(), reverse=True):
+        why = "another process cannot"
         try:
             found = manager.restore(step, args=args)
         except Exception as error:  # whatever a file that was cut off leads to
-            say("unreadable", step, why=f"{type(error).__name__}: {error}"[:200])
-            set_aside(manager, step)
-        else:
+            found, why = None, " ".join(f"{type(error).__name__}: {error}".split())
+        if everywhere(found is not None):
+            for other, reason in unreadable.items():
+                say("unreadable", other, why=reason[:200])
+                set_aside(manager, other)
             return found.state, found.losses
+        unreadable[step] = why
+    if unreadable:
+        raise Refused(
+            f"the model must be that of the checkpoints. Got {manager.directory}, of"
+            f" whose checkpoints {sorted(unreadable)} none can be read:"
+            f" {next(iter(unreadable.values()))[:400].rstrip('.')}. Restore the model"
+            " that was trained, or pass another --out to train anew."
+        )
     return state, []
+
+
+def everywhere(true: bool) -> bool:
+    """Whether it is true on all processes."""
+    return bool(multihost_utils.process_allgather(np.array(true)).all())
 
 
 def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
@@ -155,15 +199,6 @@ def has_room(args: argparse.Namespace, state: dict, step: int) -> bool:
     return fits
 
 
-def bound(seconds: int) -> None:
-    """Ends this process where its next word is later, and says where it hung.
-
-    The launcher, where there is one, is first, and the coordinator last.
-    """
-    seconds += GRACE + (LINGER if jax.process_index() == 0 else 0)
-    faulthandler.dump_traceback_later(seconds, exit=True)
-
-
 def rehearse(fault: str | None, worker: int, step: int) -> None:
     """Does to this worker what --fault says, if it is the one and this the step."""
     if fault is None:
@@ -179,7 +214,8 @@ def rehearse(fault: str | None, worker: int, step: int) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
         return
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
+    signals = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM}
+    os.kill(os.getpid(), signals[kind])
 
 
 def work(args: argparse.Namespace) -> int:
@@ -196,25 +232,25 @@ def work(args: argparse.Namespace) -> int:
     data, held_out = digits.digits(args.dtype)
     mine = np.array_split(np.arange(args.batch_size), processes)[worker]
 
-    def part(now):  # of a batch, the rows of this process
-        return tools.global_batch(jax.tree.map(lambda a: a[mine], now), split)
-
-    def of_step(step):  # the same on all processes, each of which takes its part
-        return part(digits.batch(data, args.batch_size, args.seed, step))
+    def rows(step):  # of the batch, which is the same on all processes, its own
+        now = digits.batch(data, args.batch_size, args.seed, step)
+        return jax.tree.map(lambda a: a[mine], now)
 
     state = jax.jit(lambda: digits.initial_state(args), out_shardings=same)()
     # Compiled before the first step, whose time is then that of any other.
     one = jax.jit(digits.make_step(args), out_shardings=same)
-    one = one.lower(state, of_step(1)).compile()
+    one = one.lower(state, tools.global_batch(rows(1), split)).compile()
     with open_checkpoints(args) as manager:
         state, losses = restore(manager, state)
-        say("start", len(losses))
+        say("start", len(losses), within=args.hang_timeout)
         for step in range(len(losses) + 1, args.steps + 1):
-            bound(args.hang_timeout)
             rehearse(args.fault, worker, step)
-            say("step", step)
+            own = rows(step)
+            # From here on it waits for the others: who has not said so is behind.
+            say("step", step, within=args.hang_timeout)
             manager.check_for_errors()  # of a save that is under way
-            state, loss = jax.block_until_ready(one(state, of_step(step)))
+            batch = tools.global_batch(own, split)
+            state, loss = jax.block_until_ready(one(state, batch))
             losses.append(float(loss))
             if step % DRIFT_EVERY == 0:
                 drift = [str(d) for d in tools.find_drift(state)]
@@ -223,7 +259,10 @@ def work(args: argparse.Namespace) -> int:
             # All processes agree on the step after which a SIGTERM is obeyed.
             leave = multihost_utils.reached_preemption_sync_point(step)
             last = step == args.steps or leave
-            if (last or step % SAVE_EVERY == 0) and has_room(args, state, step):
+            due = last or step % args.save_every == 0
+            if due:  # it may have to wait for the one before
+                say("saving", step, within=args.save_timeout + GRACE)
+            if due and has_room(args, state, step):
                 save = ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     losses=ocp.args.JsonSave(losses),
@@ -236,6 +275,7 @@ def work(args: argparse.Namespace) -> int:
                 manager.wait_until_finished()
                 say("left", step)
                 return LEFT
+    say("saved", args.steps, within=args.hang_timeout)
     if worker == 0:
         (args.out / LOSSES).write_text(json.dumps(losses))
         evaluate = digits.make_evaluate(args, held_out)
@@ -260,7 +300,9 @@ def root(error: BaseException | None) -> tuple[str, bool]:
     while error is not None:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         why = SETTINGS.sub("", why)
-        reasons.append(why if len(why) < 400 else f"{why[:200]} ... {why[-200:]}")
+        if len(why) > 400 and not isinstance(error, Refused):
+            why = f"{why[:200]} ... {why[-200:]}"
+        reasons.append(why)
         error = error.__cause__ or error.__context__
     own = [why for why in reasons if not FOR_WANT.search(why)]
     return (own or reasons)[-1], not own
@@ -282,7 +324,7 @@ def work_and_leave(args: argparse.Namespace) -> None:
             if args.worker < 1:  # the coordinator, or on a cluster any
                 time.sleep(LINGER)
         finally:
-            os._exit(1)
+            os._exit(REFUSED if isinstance(error, Refused) else 1)
     if status:
         os._exit(status)
 
@@ -294,7 +336,7 @@ class End(NamedTuple):
     """How an attempt ended.
 
     Attributes:
-      kind: "done", "left", "full", or "fault".
+      kind: "done", "left", "full", "refused", or "fault".
       why: in words, with the number of the worker.
       step: how far the workers were.
     """
@@ -359,49 +401,76 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
     ]
     for listener in listeners:
         listener.start()
-    steps = [-1] * len(workers)  # that each has begun; -1 before it has joined
+    nothing = {"what": "nothing", "step": -1, "within": args.start_timeout}
+    last = [nothing] * len(workers)  # of what each has said of how far it is
     fates: dict[int, Fate] = {}  # of those that are not well
-    heard = time.monotonic()
+    due = time.monotonic() + args.start_timeout
     while True:
         try:
             number, line = said.get(timeout=0.1)
         except queue.Empty:
             number, line = -1, {}
         if line:
-            heard = time.monotonic()
             if line["what"] == "failed":
                 why = f"worker {number} failed: {line['why']}"
                 fates[number] = Fate(line["for_want"], line["at"], why)
-            else:
-                steps[number] = line["step"]
+            elif "within" in line:
+                last[number] = line
+                due = time.monotonic() + line["within"]
             tell(number, line)
             continue
+        step = max(line["step"] for line in last)
         ended = {i: w.poll() for i, w in enumerate(workers) if w.poll() is not None}
         if len(ended) == len(workers):
             for status, kind in {0: "done", LEFT: "left", FULL: "full"}.items():
                 if set(ended.values()) == {status}:
-                    return End(kind, "", max(steps))
+                    return End(kind, "", step)
         bad = {i: status for i, status in ended.items() if status not in WELL}
         for number, status in bad.items():
             listeners[number].join(1)
             if said.empty() and number not in fates:
                 fates[number] = fate(number, status)
         if bad and said.empty():  # what they said last has been heard
-            first = min(fates.values())
-            # One that failed for want of another need not be the first: wait for it.
-            late = time.time() - min(f.at for f in fates.values()) > GRACE
-            if late or not first.for_want or len(ended) == len(workers):
-                return End("fault", first.why, max(steps))
-            continue
-        joined = min(steps) >= 0
-        bound = args.hang_timeout if joined else args.start_timeout
-        if time.monotonic() - heard > bound:
-            behind = [i for i, step in enumerate(steps) if step == min(steps)]
-            who = ", ".join(map(str, behind))
-            what = (
-                f"before step {min(steps) + 1}" if joined else "before the first step"
-            )
-            return End("fault", f"worker {who} hangs {what}, {bound} s", max(steps))
+            alive = [i for i in range(len(workers)) if i not in ended]
+            end = first_cause(fates, bad, alive, step)
+            if end is not None:
+                return end
+        elif time.monotonic() > due:
+            return End("fault", hang(last), step)
+
+
+def first_cause(
+    fates: dict[int, Fate], bad: dict[int, int], alive: list[int], step: int
+) -> End | None:
+    """Returns what all came of, or None while one may still say that it is the cause.
+
+    One that failed for want of another need not be the first: it is waited for. But
+    JAX aborts a process when a peer shows no sign of life, which will say nothing.
+    """
+    first = min(fates.values())
+    waited = time.time() - min(f.at for f in fates.values())
+    if set(bad.values()) == {-signal.SIGABRT} and alive:
+        who = ", ".join(map(str, alive))
+        why = f"worker {who} shows no sign of life, and JAX has ended those that wait"
+        return End("fault", why, step) if waited > 2 * LINGER else None
+    if waited > GRACE or not first.for_want or not alive:
+        kind = "refused" if REFUSED in bad.values() else "fault"
+        return End(kind, first.why, step)
+    return None
+
+
+def hang(last: list[dict]) -> str:
+    """Says which workers are behind the others, and where."""
+    behind = min(line["step"] for line in last)
+    who = ", ".join(str(i) for i, line in enumerate(last) if line["step"] == behind)
+    line = next(line for line in last if line["step"] == behind)
+    places = {
+        "nothing": "before the first step",
+        "saving": f"while it saves step {behind}, or before the next",
+        "saved": "after the last step",
+    }
+    where = places.get(line["what"], f"before step {behind + 1}")
+    return f"worker {who} hangs {where}, {line['within']} s"
 
 
 def fate(number: int, status: int) -> Fate:
@@ -422,7 +491,7 @@ def tell(number: int, line: dict) -> None:
         print(f"checkpoint {step} cannot be read, and is set aside: {why}", flush=True)
     if line["what"] == "start" and number == 0:
         print(f"training from step {line['step'] + 1}", flush=True)
-    if line["what"] == "step" and number == 0 and line["step"] % SAVE_EVERY == 0:
+    if line["what"] == "step" and number == 0 and line["step"] % TELL_EVERY == 0:
         print(f"step {line['step']}", flush=True)
     if line["what"] == "full" and number == 0:
         free, needed = line["free"] / 2**20, line["needed"] / 2**20
@@ -445,21 +514,36 @@ def kill(workers: list[subprocess.Popen]) -> None:
 
 def launch(args: argparse.Namespace) -> int:
     """Runs the workers until they are done; returns the exit status."""
+    workers: list[subprocess.Popen] = []
+    asked = threading.Event()  # to leave
+
+    def pass_on(signum, frame):
+        asked.set()
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        return attempts(args, workers, asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def attempts(
+    args: argparse.Namespace, workers: list[subprocess.Popen], asked: threading.Event
+) -> int:
+    """Starts the workers, and starts them again; returns the exit status."""
     for attempt in range(args.restarts + 1):
-        workers = start(args, args.fault if attempt == 0 else None)
-
-        def pass_on(signum, frame, workers=workers):
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.send_signal(signal.SIGTERM)
-
-        before = signal.signal(signal.SIGTERM, pass_on)
         began = time.monotonic()
         try:
-            end = watch(args, workers)
+            workers += start(args, args.fault if attempt == 0 else None)
+            end = End("fault", "", -1)
+            if not asked.is_set():
+                end = watch(args, workers)
         finally:
             kill(workers)
-            signal.signal(signal.SIGTERM, before)
+            workers.clear()
         if end.kind == "done":
             print(f"Losses: {args.out / LOSSES}")
             return 0
@@ -472,6 +556,15 @@ def launch(args: argparse.Namespace) -> int:
                 " for. Free some, and go on from the last checkpoint with --resume."
             )
             return 1
+        if end.kind == "refused":
+            print(end.why)
+            return REFUSED
+        if asked.is_set():  # before they could obey, or as one of them failed
+            print(
+                "Left, as SIGTERM asked, without another checkpoint. Go on with"
+                " --resume if there is one."
+            )
+            return LEFT
         took = time.monotonic() - began
         print(f"{end.why}; noticed {took:.0f} s after the start", flush=True)
     print(
@@ -502,6 +595,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the parameters and the batches")
     add("--dtype", choices=("float32",), default="float32", help=argparse.SUPPRESS)
     add("--out", type=Path, default=OUT, help="folder; an earlier run's is replaced")
+    add("--save-every", type=int, default=SAVE_EVERY, help="steps")
     add("--resume", action="store_true", help="go on from the last checkpoint in it")
     add("--restarts", type=int, default=3, help="after faults")
     add("--hang-timeout", type=int, default=60, help="seconds a step may take")
@@ -516,6 +610,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, refuse: Callable) -> None:
     """Refuses what cannot be trained, before anything is written."""
+    if args.save_every < 1:
+        refuse(f"--save-every must be 1 or more. Got --save-every {args.save_every}.")
     each = args.devices or 1
     devices = args.processes * each
     if args.processes < 1:

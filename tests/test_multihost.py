@@ -18,12 +18,13 @@ pytestmark = pytest.mark.processes
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "multihost.py"
 LIMIT = 150  # seconds that a run may take
-STEPS = 24  # checkpoints are of steps 10, 20 and this
+STEPS = 10  # checkpoints are of steps 4, 8 and this
 
 
 def command(out, *options):
     base = [sys.executable, str(EXAMPLE), "--processes", "2", "--steps", str(STEPS)]
-    return [*base, "--batch-size", "16", "--out", str(out), *options]
+    base += ["--save-every", "4", "--batch-size", "16", "--out", str(out)]
+    return [*base, *options]
 
 
 def run(out, *options):
@@ -118,13 +119,11 @@ def undisturbed(finished):
 
 FAULTS = {
     # A checkpoint may be under way; the one before it is there.
-    "kill:1:22": ("worker 1 was killed by SIGKILL", (11, 21)),
-    "kill:0:22": ("worker 0 was killed by SIGKILL", (11, 21)),  # the coordinator
-    "raise:1:22": (
-        "worker 1 failed: RuntimeError: a fault that is rehearsed",
-        (11, 21),
-    ),
-    "hang:1:22": ("worker 1 hangs before step 22, 8 s", (11, 21)),
+    "kill:1:9": ("worker 1 was killed by SIGKILL", (5, 9)),
+    "kill:0:9": ("worker 0 was killed by SIGKILL", (5, 9)),  # the coordinator
+    "raise:1:9": ("worker 1 failed: RuntimeError: a fault that is rehearsed", (5, 9)),
+    "hang:1:8": ("worker 1 hangs before step 8, 8 s", (5,)),
+    "freeze:1:9": ("worker 1 shows no sign of life", (5, 9)),
     "kill:1:3": ("worker 1 was killed by SIGKILL", (1,)),  # before any checkpoint
     "disk:0:3": ("File too large", (1,)),  # while the first checkpoint is written
 }
@@ -181,7 +180,7 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(finished, undisturbed, tmp_
     status, words = run(tmp_path, "--resume")
     assert status == 0, words
     assert f"checkpoint {STEPS} cannot be read" in words
-    assert "training from step 21" in words, words
+    assert "training from step 9" in words, words
     assert losses(tmp_path) == undisturbed
     (aside,) = tmp_path.glob(f"unreadable-{STEPS}-*")  # nothing is deleted
     assert len([p for p in aside.rglob("*") if p.is_file()]) >= len(files)
@@ -221,7 +220,7 @@ def test_a_full_disk_damages_nothing(undisturbed, tmp_path):
     first, second = words.split("first status 1")
     assert f"step {STEPS}: no checkpoint, since it needs" in first, words
     assert "has no room for. Free some, and go on" in first, words
-    assert "training from step 11" in second and "second status 0" in second, words
+    assert "training from step 5" in second and "second status 0" in second, words
     assert losses(tmp_path) == undisturbed
 
 
@@ -231,7 +230,15 @@ def test_it_gives_up_in_the_end_and_says_where_to_look(tmp_path):
     assert "a fault that is rehearsed" in (tmp_path / "worker-0.log").read_text()
 
 
-def test_no_worker_outlives_the_launcher_that_is_told_to_leave(tmp_path):
+def wait_for(file):
+    end = time.monotonic() + LIMIT
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("when", ["as they start", "step 10"])
+def test_no_worker_outlives_the_launcher_that_is_told_to_leave(tmp_path, when):
     process = subprocess.Popen(
         command(tmp_path, "--steps", "100000"),
         stdout=subprocess.PIPE,
@@ -240,12 +247,13 @@ def test_no_worker_outlives_the_launcher_that_is_told_to_leave(tmp_path):
         start_new_session=True,
     )
     try:
-        for line in process.stdout:
-            if line.startswith("step 10"):
-                break
+        if when == "as they start":
+            wait_for(tmp_path / "worker-1.log")
+        else:
+            next(line for line in process.stdout if line.startswith(when))
         process.send_signal(signal.SIGTERM)
         words, _ = process.communicate(timeout=60)
-        assert process.returncode == 75 and "Go on with --resume" in words
+        assert process.returncode == 75 and "Go on with --resume" in words, words
         time.sleep(0.5)
         with pytest.raises(ProcessLookupError):  # the whole session is gone
             os.killpg(process.pid, 0)
@@ -263,8 +271,8 @@ def test_no_worker_outlives_the_launcher_that_is_told_to_leave(tmp_path):
         ),
         (
             ["--fault", "flood:0:1"],
-            "--fault must be kind:worker:step, the kind one of kill, raise, hang, term,"
-            " disk. Got --fault flood:0:1. Pass --fault kill:1:20, say.",
+            "--fault must be kind:worker:step, the kind one of kill, raise, hang,"
+            " freeze, term, disk. Got --fault flood:0:1. Pass --fault kill:1:20, say.",
         ),
         (["--resume"], "--resume needs a checkpoint."),
     ],
@@ -289,7 +297,27 @@ def test_a_worker_refuses_the_checkpoint_of_another_model(finished):
     """Without the launcher, too, as on a cluster: each of them, and writes nothing."""
     before = files(finished)
     for of_one in run_workers(finished, "--norm", "group")[1]:
-        assert "ValueError: --resume needs the settings of the checkpoint." in of_one
+        assert "Refused: --resume needs the settings of the checkpoint." in of_one
         assert "Got --norm group; the checkpoint" in of_one
         assert "has --norm batch." in of_one
+    assert files(finished) == before
+
+
+def test_the_checkpoints_of_a_model_that_was_changed_are_not_touched(
+    finished, tmp_path, monkeypatch
+):
+    """The code, that is: no option says so, and all processes find it out."""
+    shutil.copytree(EXAMPLE.parent, tmp_path / "examples")
+    code = tmp_path / "examples" / "train_digits.py"
+    changed = code.read_text().replace("64", "48")
+    assert changed != code.read_text()
+    code.write_text(changed)
+    monkeypatch.setitem(globals(), "EXAMPLE", code.with_name(EXAMPLE.name))
+    before = files(finished)
+    assert before
+    status, words = run(finished, "--resume")
+    assert status == 2, words
+    found = " ".join(words.split())
+    assert f"checkpoints [4, 8, {STEPS}] none can be read: ValueError: " in found
+    assert "(48,)" in found and "(64,)" in found and "training from" not in found
     assert files(finished) == before
