@@ -155,6 +155,14 @@ def together(way, process, processes, dtype):
     return jax.tree.map(mine, outcome(state, losses, gradients))
 
 
+def drifting(process):
+    """What each process finds, where the second has something else than the others."""
+    local = jax.local_device_count()
+    step = jax.pmap(lambda x: x + (process == 1))
+    tree = {"mean": step(jnp.zeros((local, 3))), "var": jnp.ones((local, 3))}
+    return "\n".join(map(str, tools.find_drift(tree, stacked=True)))
+
+
 def disagree(process):
     """What a process is told, where one of all has a sample more."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -186,6 +194,7 @@ def main() -> None:
                 f"{out}/{way}-{dtype}-{process}.npz",
                 **flat(together(way, process, processes, dtype)),
             )
+    pathlib.Path(f"{out}/drifting-{process}.txt").write_text(drifting(process))
     pathlib.Path(f"{out}/disagree-{process}.txt").write_text(disagree(process))
     print("done", flush=True)
 

@@ -73,6 +73,15 @@ def test_processes_train_as_one_does(trained, way, dtype):
                 assert error <= limit, (name, error)
 
 
+def test_replicas_that_drift_between_processes_are_found_by_all_of_them(trained):
+    processes, out = trained
+    devices = {2: (4, "2, 3"), 4: (4, "1")}[processes]
+    for i in range(processes):
+        assert (out / f"drifting-{i}.txt").read_text() == (
+            "['mean'] differs on {1}, of {0} devices".format(*devices)
+        )
+
+
 def test_processes_that_disagree_about_shapes_are_told_so_all_of_them(trained):
     processes, out = trained
     for i in range(processes):

@@ -110,6 +110,36 @@ def test_a_checksum_sees_every_bit_and_place(dtype):
         assert int(tools.checksum(jnp.roll(a, 1))[0]) != before
 
 
+SLIPS = {
+    "its sign": jnp.negative,
+    "a sum for a mean, over 8 devices": lambda a: 8 * a,
+    "half of it": lambda a: a / 2,
+    "halves that change places": lambda a: jnp.roll(a, a.size // 2),
+    "its first two, of opposite signs": lambda a: a.at[:2].set(a[1::-1]),
+    "the other constant": lambda a: jnp.ones_like(a) - a,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_checksum_sees_what_goes_wrong_everywhere_at_once(slip, dtype):
+    """Sums of the words times their places would not: of 2n places it is 0 mod 2n."""
+    with jax.enable_x64(True):
+        a = jnp.asarray(np.random.default_rng(0).normal(size=512), dtype)
+        a = a.at[1].set(-a[0])
+        if slip == "the other constant":
+            a = jnp.zeros_like(a)
+        other = SLIPS[slip](a)
+        assert other.dtype == a.dtype and (other != a).any()
+        assert int(tools.checksum(other)[0]) != int(tools.checksum(a)[0])
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float8_e4m3fn", "float4_e2m1fn"])
+def test_a_checksum_takes_narrow_dtypes(dtype):
+    one, zero = tools.checksum([jnp.ones(3, dtype), jnp.zeros(3, dtype)])
+    assert int(one) != int(zero)
+
+
 def test_a_checksum_takes_keys_nan_and_nothing():
     tree = {"key": jax.random.key(3), "nan": jnp.full(2, jnp.nan), "none": None}
     assert tools.checksum(tree).shape == (2,)
@@ -151,6 +181,13 @@ def test_nothing_is_found_where_nothing_drifts():
     assert tools.find_drift(tree) == [] == tools.find_drift({})
 
 
+def test_arrays_that_wait_in_the_memory_of_the_host_are_compared():
+    there = placed(A, P(), changed=[5])
+    tree = jax.device_put([there], there.sharding.with_memory_kind("pinned_host"))
+    (drift,) = tools.find_drift(tree)
+    assert [d.id for d in drift.devices] == [5]
+
+
 def test_it_is_one_collective():
     tree = [placed(A, P()), placed(A, P("m")), placed(A[0], P())]
     program = tools.replicas._gathered(
@@ -164,6 +201,15 @@ def test_stacked_replicas_are_compared():
     stacked = {"mean": jnp.zeros((8, 3)).at[6, 1].set(1e-7), "var": jnp.ones((8, 3))}
     (drift,) = tools.find_drift(stacked, stacked=True)
     assert drift == tools.Drift("['mean']", (6,), 8)
+    assert tools.find_drift([jnp.zeros((0, 3))], stacked=True) == []
+
+
+def test_stacked_replicas_are_compiled_once():
+    tree = {"mean": jnp.zeros((8, 5))}
+    tools.find_drift(tree, stacked=True)
+    before = tools.replicas._checksums._cache_size()
+    tools.find_drift(jax.tree.map(lambda a: a + 1, tree), stacked=True)
+    assert tools.replicas._checksums._cache_size() == before > 0
 
 
 def statistics():
@@ -212,7 +258,32 @@ def test_what_is_no_statistic_stays_as_it_is():
     assert (merged["a"]["count"] == 7).all() and (merged["ema"] == tree["ema"]).all()
 
 
+def test_statistics_are_merged_in_lists_and_tuples_too_and_counts_are_one():
+    of_each, want = statistics()
+    of_each["count"] = jnp.arange(8.0)[:, None]
+    tree = {"first": of_each, "others": [of_each, (3, of_each)]}
+    merged = tools.merge_replicas(tree)
+    arrays = [a for a in jax.tree.leaves(merged) if a is not tree["others"][1][0]]
+    assert len(arrays) == 9 and tools.find_drift(arrays, stacked=True) == []
+    assert merged["others"][1][0] == 3
+    for got in (merged["first"], merged["others"][0], merged["others"][1][1]):
+        np.testing.assert_allclose(got["var"][3], want["var"], rtol=1e-5)
+        assert (got["count"] == 7).all()
+
+
 BAD = [
+    (
+        lambda: tools.find_drift(placed(A, P(("d", "m")))),
+        "find_drift: something must be on several devices, to be compared. Got the array"
+        " and all others in pieces of their own on each of 8 devices. Pass stacked=True for what"
+        " pmap returns, whose first axis is that of the replicas, or leave out what is"
+        " sharded over all devices.",
+    ),
+    (
+        lambda: tools.merge_replicas({"mean": jnp.ones(8, int), "var": jnp.ones(8)}),
+        "merge_replicas: mean and var must be floating. Got the tree: mean of int32, var"
+        " of float32. Pass statistics as a norm keeps them.",
+    ),
     (
         lambda: tools.find_drift({"a": np.ones(3)}),
         "find_drift: arrays must lie on a mesh, so that there are replicas to compare."
@@ -221,8 +292,9 @@ BAD = [
     ),
     (
         lambda: tools.find_drift({"a": placed(A, P()), "b": placed(A, P(), (8,))}),
-        "find_drift: all arrays must lie on one mesh. Got ['a'] on (('d', 4), ('m', 2)),"
-        " ['b'] on (('d', 8),). Call it once for each mesh.",
+        "find_drift: all arrays must lie on one mesh. Got ['a'] on (('d', 4), ('m', 2))"
+        " (Auto, Auto) of devices [0, 1, 2, 3, 4, 5, 6, 7], ['b'] on (('d', 8),) (Auto)"
+        " of devices [0, 1, 2, 3, 4, 5, 6, 7]. Call it once for each mesh.",
     ),
     (
         lambda: tools.find_drift([jnp.ones((8, 2)), jnp.ones((4, 2))], stacked=True),

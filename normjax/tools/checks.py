@@ -340,6 +340,7 @@ def _replicas(case: Case) -> Iterator[Finding | str]:
     drifts = [
         drift
         for group in groups.values()
+        if case.stacked or any(replicas.is_replicated(a) for a in group.values())
         for drift in replicas.find_drift(group, stacked=case.stacked)
     ]
     for drift in drifts:

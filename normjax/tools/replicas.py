@@ -21,7 +21,8 @@ class Drift(NamedTuple):
     Attributes:
       path: of the array in the tree.
       devices: the devices that hold something else than most, or than the first where
-        there is no majority; numbers along the first axis for stacked replicas.
+        there is no majority; numbers along the first axis for stacked replicas, of
+        process 0 first.
       of: how many devices were compared.
 
     Example:
@@ -43,9 +44,9 @@ class Drift(NamedTuple):
 def checksum(tree: Any) -> jax.Array:
     """Returns a checksum of every array of a tree, of its bits and where they stand.
 
-    Each of an array's words of 32 bits times an odd number of its own, added up
-    modulo 2**32: a word that changes always changes it, and so do two words that change
-    places.
+    Each of an array's words of 32 bits is mixed with its place, and all are added up
+    modulo 2**32: one word that changes always changes it, and of other changes one in
+    2**32 does not.
 
     Args:
       tree: arrays of any dtype; keys of ``jax.random`` among them.
@@ -57,7 +58,7 @@ def checksum(tree: Any) -> jax.Array:
       >>> import jax.numpy as jnp
       >>> from normjax import tools
       >>> tools.checksum({"mean": jnp.zeros(3), "var": jnp.array([1.0, 2.0])})
-      Array([         0, 4286578688], dtype=uint32)
+      Array([1132362509, 1684272698], dtype=uint32)
     """
     sums = [_checksum(a) for a in jax.tree.leaves(tree)]
     return jnp.stack(sums) if sums else jnp.zeros((0,), jnp.uint32)
@@ -65,8 +66,16 @@ def checksum(tree: Any) -> jax.Array:
 
 def _checksum(a: jax.Array) -> jax.Array:
     words = _words(a).ravel()
-    odd = 2 * lax.iota(jnp.uint32, words.size) + 1
-    return (words * odd).sum(dtype=jnp.uint32)
+    # 2**32 by the golden ratio: neighbours get keys that are far from each other.
+    keys = lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9)
+    return _mixed(words ^ _mixed(keys)).sum(dtype=jnp.uint32)
+
+
+def _mixed(words: jax.Array) -> jax.Array:
+    """Another word for each, every bit of it of all bits: the end of MurmurHash3."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        words = (words ^ (words >> shift)) * jnp.uint32(factor)
+    return words ^ (words >> 16)
 
 
 def _words(a: jax.Array) -> jax.Array:
@@ -80,7 +89,7 @@ def _words(a: jax.Array) -> jax.Array:
         return a.astype(jnp.uint32)
     if a.dtype.itemsize >= 4:
         return lax.bitcast_convert_type(a, jnp.uint32)
-    narrow = {1: jnp.uint8, 2: jnp.uint16}[a.dtype.itemsize]
+    narrow = jnp.dtype(f"uint{jax.dtypes.itemsize_bits(a.dtype)}")
     return lax.bitcast_convert_type(a, narrow).astype(jnp.uint32)
 
 
@@ -89,12 +98,13 @@ def find_drift(tree: Any, *, stacked: bool = False) -> list[Drift]:
 
     Each device takes checksums of what it holds, and one all-reduce brings them all
     together: cheap enough to call every so many steps. Devices that hold different
-    pieces of an array are not compared; those that hold the same piece are. On every
-    process the result is the same.
+    pieces of an array are not compared; those that hold the same piece are. Call it on
+    every process; the result is the same on all.
 
     Args:
       tree: global arrays on one mesh, replicated or sharded in part; or, where
-        ``stacked``, arrays ``[replicas, ...]``, as ``pmap`` returns them.
+        ``stacked``, arrays ``[replicas, ...]``, as ``pmap`` returns them, on each
+        process those of its own devices.
       stacked: whether the first axis is that of the replicas.
 
     Returns:
@@ -102,7 +112,8 @@ def find_drift(tree: Any, *, stacked: bool = False) -> list[Drift]:
 
     Raises:
       TypeError: if an array is not a JAX array on a mesh.
-      ValueError: if arrays are on several meshes, or stacked ones differ in length.
+      ValueError: if arrays are on several meshes, if no two devices hold the same of
+        any of them, or if stacked ones differ in length.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,20 +123,31 @@ def find_drift(tree: Any, *, stacked: bool = False) -> list[Drift]:
       ['mean'] differs on 2, of 3 devices
     """
     found = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [jax.tree_util.keystr(path) for path, _ in found]
+    paths = [jax.tree_util.keystr(path) or "the array" for path, _ in found]
     arrays = [a for _, a in found]
     if not arrays:
         return []
     if stacked:
-        sums = np.asarray(_of_stacked(paths, arrays))
+        sums = _of_stacked(paths, arrays)
         names: list[Any] = list(range(len(sums)))
         groups = [[names]] * len(arrays)
     else:
         mesh = _mesh_of(paths, arrays)
-        shardings = tuple(a.sharding for a in arrays)
-        sums = np.asarray(_gathered(mesh, shardings)(arrays).addressable_data(0))
         names = list(mesh.devices.flat)
         groups = [_holders(a, names) for a in arrays]
+        if len(names) > 1 and not any(map(is_replicated, arrays)):
+            raise _check.error(
+                ValueError,
+                "find_drift",
+                "something must be on several devices, to be compared",
+                f"{paths[0]} and all others in pieces of their own on each of"
+                f" {len(names)} devices",
+                "Pass stacked=True for what pmap returns, whose first axis is that of"
+                " the replicas, or leave out what is sharded over all devices",
+            )
+        arrays = [_on_device(a) for a in arrays]
+        shardings = tuple(a.sharding for a in arrays)
+        sums = np.asarray(_gathered(mesh, shardings)(arrays).addressable_data(0))
     rows = {name: row for row, name in enumerate(names)}
     drifts = []
     for i, path in enumerate(paths):
@@ -135,7 +157,8 @@ def find_drift(tree: Any, *, stacked: bool = False) -> list[Drift]:
     return drifts
 
 
-def _of_stacked(paths: list, arrays: list) -> jax.Array:
+def _of_stacked(paths: list, arrays: list) -> np.ndarray:
+    """The checksums of all replicas, those of other processes among them."""
     sizes = {p: np.shape(a)[:1] for p, a in zip(paths, arrays, strict=True)}
     if len(set(sizes.values())) > 1 or () in sizes.values():
         raise _check.error(
@@ -145,7 +168,26 @@ def _of_stacked(paths: list, arrays: list) -> jax.Array:
             ", ".join(f"{n} in {p}" for p, n in sizes.items()),
             "Pass the trees of pmap whole, and nothing else",
         )
-    return jax.jit(jax.vmap(checksum))(arrays)
+    if (0,) in sizes.values():
+        return np.zeros((0, len(arrays)), np.uint32)
+    sums = _checksums(arrays)
+    if jax.process_count() == 1:
+        return np.asarray(sums)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(sums, tiled=True))
+
+
+_checksums = jax.jit(jax.vmap(checksum))
+
+
+def _on_device(a: jax.Array) -> jax.Array:
+    """The array in the memory that devices compute in, if it waits in another."""
+    sharding: Any = a.sharding
+    here = sharding.mesh.devices.flat[0].default_memory().kind
+    if sharding.memory_kind in (None, here):
+        return a
+    return jax.device_put(a, sharding.with_memory_kind(here))
 
 
 def _mesh_of(paths: list, arrays: list) -> jax.sharding.Mesh:
@@ -167,10 +209,17 @@ def _mesh_of(paths: list, arrays: list) -> jax.sharding.Mesh:
             ValueError,
             "find_drift",
             "all arrays must lie on one mesh",
-            f"{first} on {one.shape_tuple}, {second} on {two.shape_tuple}",
+            f"{first} on {_described(one)}, {second} on {_described(two)}",
             "Call it once for each mesh",
         )
     return next(iter(meshes))
+
+
+def _described(mesh: jax.sharding.Mesh) -> str:
+    """What a mesh may differ in from another."""
+    devices = [device.id for device in mesh.devices.flat]
+    kinds = ", ".join(kind.name for kind in mesh.axis_types)
+    return f"{mesh.shape_tuple} ({kinds}) of devices {devices}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -187,6 +236,12 @@ def _gathered(mesh: jax.sharding.Mesh, shardings: tuple) -> Any:
     )
 
 
+def is_replicated(a: jax.Array) -> bool:
+    """Whether several devices of its mesh hold the same of an array."""
+    sharding: Any = a.sharding
+    return len(_holders(a, list(sharding.mesh.devices.flat))) < sharding.mesh.size
+
+
 def _holders(a: jax.Array, devices: list) -> list[list]:
     """Devices in groups that hold the same piece of an array."""
     pieces: dict[Any, list] = {}
@@ -199,6 +254,8 @@ def _holders(a: jax.Array, devices: list) -> list[list]:
 
 def _odd_ones(group: list, sums: np.ndarray, rows: dict) -> list:
     """Those of a group whose checksum is not that of most, or of the first."""
+    if not group:
+        return []
     values = [int(sums[rows[d]]) for d in group]
     ((usual, _),) = collections.Counter(values).most_common(1)
     return [d for d, value in zip(group, values, strict=True) if value != usual]
@@ -211,8 +268,9 @@ def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
     of their means, which ``pmean`` leaves out. Replicas count alike.
 
     Args:
-      statistics: a tree in which a ``mean`` stands beside a ``var``, such as
-        ``batch_stats``; what else it holds stays as it is.
+      statistics: a tree of mappings, lists and tuples, in which a ``mean`` stands
+        beside a ``var``, such as ``batch_stats``. Of a ``count`` beside them, of
+        updates, all get the largest; what else it holds stays as it is.
       axis_name: device axes, one or several, that the replicas lie along, within
         ``pmap`` or ``shard_map``. None: along the first axis of the arrays.
 
@@ -220,6 +278,7 @@ def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
       The tree, in which all replicas have the merged statistics.
 
     Raises:
+      TypeError: if a mean or a var is of integers.
       ValueError: if there is no mean beside a var, or their shapes differ.
 
     Example:
@@ -247,27 +306,48 @@ def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
 
 def _merged(name: str, tree: Any, axis_name: Any, path: tuple) -> Any:
     """The tree with its statistics merged; None where it has none."""
+    if isinstance(tree, list | tuple):
+        items = [_merged(name, v, axis_name, (*path, i)) for i, v in enumerate(tree)]
+        if all(item is None for item in items):
+            return None
+        whole = [o if m is None else m for m, o in zip(items, tree, strict=True)]
+        make: Any = getattr(type(tree), "_make", type(tree))  # of a NamedTuple
+        return make(whole)
     if not isinstance(tree, Mapping):
         return None
     parts = {k: _merged(name, v, axis_name, (*path, k)) for k, v in tree.items()}
     found = {k: v for k, v in parts.items() if v is not None}
     if "mean" in tree and "var" in tree and not isinstance(tree["mean"], Mapping):
         mean, var = jnp.asarray(tree["mean"]), jnp.asarray(tree["var"])
+        if not all(jnp.issubdtype(a.dtype, jnp.inexact) for a in (mean, var)):
+            raise _check.error(
+                TypeError,
+                name,
+                "mean and var must be floating",
+                f"{_joined(path)}: mean of {mean.dtype}, var of {var.dtype}",
+                "Pass statistics as a norm keeps them",
+            )
         if mean.shape != var.shape or (axis_name is None and not mean.ndim):
             raise _check.error(
                 ValueError,
                 name,
                 "mean and var must have one shape, with the replicas first where there"
                 " is no axis_name",
-                f"{'/'.join(map(str, path)) or 'the tree'}: mean of shape {mean.shape},"
+                f"{_joined(path)}: mean of shape {mean.shape},"
                 f" var of shape {var.shape}",
                 "Pass the statistics of one model, of all its replicas",
             )
         found |= _one(mean, var, axis_name)
+        if "count" in tree:
+            found["count"] = _largest(tree["count"], axis_name)
     if not found:
         return None
     same_kind: Any = type(tree)
     return same_kind({**tree, **found})
+
+
+def _joined(path: tuple) -> str:
+    return "/".join(map(str, path)) or "the tree"
 
 
 def _one(mean: jax.Array, var: jax.Array, axis_name: Any) -> dict[str, jax.Array]:
@@ -283,3 +363,11 @@ def _one(mean: jax.Array, var: jax.Array, axis_name: Any) -> dict[str, jax.Array
         "mean": jnp.broadcast_to(m.mean + m.rest, mean.shape).astype(mean.dtype),
         "var": jnp.broadcast_to(m.var, var.shape).astype(var.dtype),
     }
+
+
+def _largest(count: Any, axis_name: Any) -> jax.Array:
+    """The largest of the counts of all replicas, for each of them."""
+    count = jnp.asarray(count)
+    if axis_name is not None:
+        return lax.pmax(count, axis_name)
+    return jnp.broadcast_to(count.max(0, keepdims=True), count.shape)
