@@ -411,7 +411,8 @@ def across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
     Exactly, where a plain psum of (count, sum, sum of squares) would be as unsafe as
     E[x**2] - E[x]**2: each device writes its moments into its own row of zeros, one
     psum fills all rows everywhere, and the rows are merged. Counts that are even, the
-    same on each device, need not travel.
+    same on each device, need not travel. Sub-groups exchange rows among themselves,
+    where they can.
     """
     if not r.centered:
         (total,), count, carry = _sums([m.count * m.var], m, r, even)
@@ -419,14 +420,16 @@ def across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
     size = lax.axis_size(r.names)
     fields = [m.mean, m.rest, m.var] + ([] if even else [m.count, m.carry])
     buffer = _packed(fields)
-    if size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES:
+    apart = _are_apart(r)
+    large = size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES
+    if large and not apart:
         return _across_devices_twice(m, r, even)
-    rows = gathered(buffer, r.names)
+    rows = _of_group(buffer, r) if apart else gathered(buffer, r.names)
     mean, rest, var, *counts = _unpacked(rows, fields, axis=1)
     if even:
         counts = [jnp.broadcast_to(a, var.shape) for a in (m.count, m.carry)]
     m = Moments(counts[0], mean, var, counts[1], rest)
-    if r.groups:
+    if r.groups and not apart:
         # As if those of other groups had counted nothing; a product would keep NaN.
         ours = _groups_of(r)[np.arange(size)] == _groups_of(r)[lax.axis_index(r.names)]
         ours = ours.reshape(size, *(1 for _ in var.shape[1:]))
@@ -460,16 +463,33 @@ def _sums(terms: list, m: Moments, r: Reduction, even: bool):
 def _added_up(terms: list, r: Reduction) -> list:
     """Adds up each term over the devices, or over those of one's group, in one psum.
 
-    A group has a row of its own: psum's axis_index_groups want groups of one size, and
-    are refused under vmap and under shard_map with check_vma.
+    Groups that are not apart have a row each, in a psum over all devices.
     """
     packed = _packed(terms)
     if not r.groups:
         return _unpacked(lax.psum(packed, r.names), terms)
+    if _are_apart(r):
+        return _unpacked(_of_group(packed, r).sum(0), terms)
     packed = packed[None]
     mine = _row(_groups_of(r)[lax.axis_index(r.names)], len(r.groups), packed)
     rows = lax.psum(_alone(packed, mine), r.names)
     return _unpacked(_alone(rows, mine).sum(0), terms)
+
+
+def _are_apart(r: Reduction) -> bool:
+    """Whether each sub-group can have a collective of its own.
+
+    All have to be of one size, and of devices: vmap knows no groups. A psum of groups
+    is refused under shard_map with check_vma, an all-gather is not.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    sizes = {len(group) for group in r.groups}
+    return len(sizes) == 1 and set(r.names) <= set(manual)
+
+
+def _of_group(a: jax.Array, r: Reduction) -> jax.Array:
+    """Gathers an array of each device of one's sub-group into rows."""
+    return lax.all_gather(a, r.names, axis_index_groups=r.groups)
 
 
 def _groups_of(r: Reduction) -> jax.Array:

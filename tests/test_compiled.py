@@ -89,6 +89,32 @@ def test_named_sync_is_one_all_reduce_forward_and_one_backward(way, groups, coun
     assert operations(by_name(gradients, way), *inputs) == only(2)
 
 
+@counts
+@pytest.mark.parametrize("way", ["shard_map", "unchecked", "pmap"])
+def test_sub_groups_of_one_size_sync_among_themselves_alone(way, counts):
+    """One all-gather of the moments of four devices, and one sum for a gradient."""
+    groups = [[0, 2, 4, 6], [1, 3, 5, 7]]
+    x, _, _, where = arguments(counts)
+
+    def forward(x, scale, bias, where):
+        return normjax.batch_norm(
+            x, where=where, axis_name="d", axis_index_groups=groups
+        )[0]
+
+    def gradient(*a):
+        return jax.grad(lambda x: jnp.sin(forward(x, *a[1:])).sum())(a[0])
+
+    if way == "pmap":
+        x, where = jax.tree.map(lambda a: a.reshape(8, 2, *a.shape[1:]), (x, where))
+    for f, wanted in (
+        (forward, ["all-gather"]),
+        (gradient, ["all-gather", "reduce-scatter"]),
+    ):
+        program = jax.jit(by_name(f, way)).lower(x, None, None, where).compile()
+        found = re.findall(r" (\S+)\(.* replica_groups=(\S+), ", program.as_text())
+        assert sorted(found) == [(w, "{{0,2,4,6},{1,3,5,7}}") for w in wanted]
+
+
 def test_large_moments_sync_in_two_all_reduces(monkeypatch):
     monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 8)
     jax.clear_caches()  # of what was traced with the other limit

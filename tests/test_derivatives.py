@@ -22,7 +22,10 @@ KINDS = ["plain", "masked", "complex and weighted"]
 # Where all five would take long to compile: with a mean and without, parameters along
 # one axis and along all, and moments of features that merge to those of groups.
 OF_EACH_WAY = ("batch", "rms", "group")
-GROUPS = {8: [[0, 3, 5], [1], [2, 4, 6, 7]], 4: [[0, 2, 3], [1]]}  # by devices
+GROUPS = {  # by devices; those of one size have collectives of their own
+    "grouped": {8: [[0, 3, 5], [1], [2, 4, 6, 7]], 4: [[0, 2, 3], [1]]},
+    "evenly grouped": {8: [[0, 2, 7, 5], [1, 3, 4, 6]], 4: [[0, 3], [2, 1]]},
+}
 
 
 def data(kind: str):
@@ -44,7 +47,7 @@ def data(kind: str):
         where = jax.random.bernoulli(next(keys), 0.7, (3, 16, 1, 4))
         where = where.at[:, 4:6].set(False)
         point["x"] = jnp.where(where, x, jnp.nan)
-    if kind in ("complex and weighted", "grouped"):
+    if kind == "complex and weighted" or kind in GROUPS:
         weights = jax.random.uniform(next(keys), where.shape, minval=0.1, maxval=2.0)
         point["weights"] = jnp.where(where, weights, 0.0)
         direction["weights"] = normal(where.shape, False)
@@ -183,8 +186,8 @@ def expected(kind: str, devices: int = 1):
     if counts is not None:
         x = point["x"]
         point["x"] = jnp.where(counts.astype(bool), x, jnp.zeros_like(x))
-    if kind == "grouped":
-        every = of_groups(GROUPS[devices], wy)
+    if kind in GROUPS:
+        every = of_groups(GROUPS[kind][devices], wy)
     else:
         every = losses(apply_reference, wy, where, 1.0)
     whole = jax.jit(functools.partial(of_all(kind), every))
@@ -204,7 +207,7 @@ def devices_of(context):
 
 
 def groups_of(context, kind):
-    return GROUPS[devices_of(context)] if kind == "grouped" else None
+    return GROUPS[kind][devices_of(context)] if kind in GROUPS else None
 
 
 def inside(context, kind):
@@ -321,17 +324,28 @@ CONTEXTS = {
 }
 
 
+APART = [
+    "inside shard_map",
+    "outside pmap",
+    "inside two axes unchecked",
+    "outside partial manual",
+    "ensemble of shards",
+]
 NAMED = [c for c in CONTEXTS if "side" in c or "shards" in c]
 
 
 @pytest.mark.parametrize(
     ("context", "kind"),
-    [*itertools.product(CONTEXTS, KINDS), *itertools.product(NAMED, ["grouped"])],
+    [
+        *itertools.product(CONTEXTS, KINDS),
+        *itertools.product(NAMED, ["grouped"]),
+        *itertools.product(APART, ["evenly grouped"]),
+    ],
 )
 def test_derivatives_are_those_of_autodiff_on_one_device(context, kind):
     """All norms in one program, since compiling it is what takes the time."""
     found = jax.device_get(CONTEXTS[context](kind))
-    want = expected(kind, devices_of(context) if kind == "grouped" else 1)
+    want = expected(kind, devices_of(context) if kind in GROUPS else 1)
     for norm in norms(kind):
         for part in ("split", "whole"):
             got = found[part == "whole"][norm]

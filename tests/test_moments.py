@@ -238,11 +238,14 @@ def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch)
 
 @pytest.mark.parametrize("context", [c for c in MAPPED if c != "partial manual"])
 @pytest.mark.parametrize("kind", ["plain", "masked", "complex and weighted"])
-@pytest.mark.parametrize("bytes_", [_moments.ONE_ALL_REDUCE_BYTES, 0])
-def test_sync_of_sub_groups_is_that_of_each_alone(context, kind, bytes_, monkeypatch):
+@pytest.mark.parametrize("how", ["one all-reduce", "two", "apart"])
+def test_sync_of_sub_groups_is_that_of_each_alone(context, kind, how, monkeypatch):
     """Of unequal sizes; where jax itself raises too; NaN stays in its own group."""
-    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", bytes_)
+    if how == "two":
+        monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 0)
     groups = [[0, 3, 5], [1], [2, 4, 6, 7]]
+    if how == "apart":
+        groups = [[0, 3], [1, 6], [2, 4], [7, 5]]
     x = normal((6, 16, 3), dtype=jnp.complex64 if "complex" in kind else jnp.float32)
     x = x + 100 * jnp.repeat(jnp.arange(8.0, dtype=x.dtype), 2)[None, :, None]
     x = x.at[0, 2].set(jnp.nan)  # device 1, a group of its own
@@ -253,7 +256,7 @@ def test_sync_of_sub_groups_is_that_of_each_alone(context, kind, bytes_, monkeyp
     if "weighted" in kind:
         where = eighths(where)
     count, mean, var = across(context, x, where, (0, 1), groups)
-    assert jnp.isnan(mean[1]).all()
+    assert jnp.isnan(mean[1]).all() and jnp.isfinite(mean[0]).all()
     for group in groups:
         rows = np.concatenate([[2 * i, 2 * i + 1] for i in group])
         counts = None if where is None else where[:, rows]
