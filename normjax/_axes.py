@@ -167,6 +167,14 @@ def sharded_like(where: jax.Array, x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(jnp.broadcast_to(where, x.shape), sharding)
 
 
+def pieces(x: jax.Array, axis: int) -> int:
+    """Into how many pieces an explicit mesh shards an axis."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] if AxisType.Explicit in sharding.mesh.axis_types else ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+
+
 def _whole(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Gathers a small array along ``axes`` where an explicit mesh shards them.
 

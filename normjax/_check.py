@@ -5,6 +5,7 @@ Every message has one form: *function: the rule. Got the facts. What to do.*
 
 import importlib
 import numbers
+import operator
 from typing import Any
 
 import jax
@@ -261,7 +262,18 @@ def devices(name: str, axis_name: Any, axis_index_groups: Any) -> tuple[tuple, t
 
 def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...], ...]:
     """Returns sub-groups as tuples; each of ``size`` devices must be in just one."""
-    found = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    halves = [list(range(size // 2)), list(range(size // 2, size))]
+    todo = f"Pass {[half for half in halves if half]}, say"
+    try:
+        found = tuple(tuple(map(operator.index, group)) for group in axis_index_groups)
+    except TypeError:
+        raise error(
+            TypeError,
+            name,
+            "axis_index_groups must be lists of device numbers, or None",
+            f"axis_index_groups={axis_index_groups!r}",
+            todo,
+        ) from None
     members = [i for group in found for i in group]
     if sorted(members) != list(range(size)) or not all(found):
         missing = sorted(set(range(size)) - set(members))
@@ -269,14 +281,13 @@ def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...
         outside = sorted(set(members) - set(range(size)))
         faults = {"missing": missing, "twice": twice, "not there": outside}
         facts = "".join(f", {what}: {i}" for what, i in faults.items() if i)
-        halves = [list(range(size // 2)), list(range(size // 2, size))]
         raise error(
             ValueError,
             name,
             "axis_index_groups must name each device of axis_name once, and no group"
             " be empty",
             f"axis_index_groups={[list(g) for g in found]} for {size} devices{facts}",
-            f"Pass {[half for half in halves if half]}, say",
+            todo,
         )
     return found
 

@@ -346,13 +346,15 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
     if where is None:  # of a size that jax.export leaves open
         total = jnp.broadcast_to(jnp.asarray(n), shape)
     elif where.dtype != jnp.bool_:
-        count = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=dtype)
+        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
+        count = where.sum(axes, keepdims=True, dtype=dtype)
         return count, jnp.zeros_like(count)
     else:
+        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
         # A sum in the dtype of statistics shares their all-reduce, where it is exact.
         exact = isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps
         of = dtype if exact else jnp.int32
-        total = jnp.broadcast_to(where, x.shape).sum(axes, keepdims=True, dtype=of)
+        total = where.sum(axes, keepdims=True, dtype=of)
     count = total.astype(dtype)
     return count, (total - count.astype(total.dtype)).astype(dtype)
 

@@ -165,6 +165,18 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
     batch, *_ = _axes.others(along, x.ndim)
     size = _axes.divisor(name, "virtual_batch_size", size, (batch,), "samples", x.shape)
 
+    pieces = _axes.pieces(x, batch)
+    if x.shape[batch] // pieces % size:
+        raise _check.error(
+            ValueError,
+            name,
+            "virtual_batch_size must divide the samples of each device of an explicit"
+            " mesh, which lets no axis be split across its pieces",
+            f"virtual_batch_size={size}, {x.shape[batch] // pieces} samples on each of"
+            f" {pieces} pieces of the mesh",
+            "Pass a size that divides them, or shard x over an axis of AxisType.Auto",
+        )
+
     def fold(a):  # N -> (N / size, size)
         if a is None:
             return None

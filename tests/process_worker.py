@@ -8,6 +8,7 @@ train is compared with one process that has them all.
 
 import pathlib
 import sys
+from collections import OrderedDict
 
 import flax.linen as nn
 import jax
@@ -164,14 +165,18 @@ def drifting(process):
 
 
 def disagree(process):
-    """What a process is told, where one of all has a sample more."""
+    """What a process is told, where one has a sample more, or another order."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    x = np.zeros((PADDED + (process == 1), FEATURES), np.float32)
-    try:
-        tools.global_batch({"x": x}, NamedSharding(mesh, P("data")))
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+    x, names = np.zeros((PADDED, FEATURES), np.float32), ["x", "y"]
+    longer = {"x": np.zeros((PADDED + (process == 1), FEATURES), np.float32)}
+    turned = OrderedDict.fromkeys(names[::-1] if process == 1 else names, x)
+    told = []
+    for batch in (longer, turned):
+        try:
+            tools.global_batch(batch, NamedSharding(mesh, P("data")))
+        except ValueError as error:
+            told.append(str(error))
+    return "\n".join(told)
 
 
 def flat(tree):

@@ -350,6 +350,20 @@ def test_sub_groups_that_do_not_divide_the_devices(name, groups, faults):
         jax.vmap(local, axis_name="d")(x[0, :4, None])
 
 
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3], 4, [[0.9, 1.0], [2, 3]]])
+def test_sub_groups_that_are_no_lists_of_numbers(groups):
+    message = (
+        "batch_norm: axis_index_groups must be lists of device numbers, or None. Got"
+        f" axis_index_groups={groups}. Pass [[0, 1], [2, 3]], say."
+    )
+
+    def local(x):
+        normjax.batch_norm(x, axis_name="d", axis_index_groups=groups)
+
+    with raises(TypeError, message):
+        jax.vmap(local, axis_name="d")(x[0, :4, None])
+
+
 def test_sub_groups_of_one_device():
     """What it says to type must itself be right."""
     message = (

@@ -175,6 +175,19 @@ def test_a_size_that_does_not_divide_is_refused(size, message):
     assert str(error.value) == message
 
 
+def test_ghosts_across_the_devices_of_an_explicit_mesh_are_refused():
+    devices = mesh((8,), ("d",), AxisType.Explicit)
+    with jax.set_mesh(devices), pytest.raises(ValueError) as error:
+        x = jax.device_put(jnp.ones((16, 3)), NamedSharding(devices, P("d")))
+        normjax.batch_norm(x, virtual_batch_size=4)
+    assert str(error.value) == (
+        "batch_norm: virtual_batch_size must divide the samples of each device of an"
+        " explicit mesh, which lets no axis be split across its pieces. Got"
+        " virtual_batch_size=4, 2 samples on each of 8 pieces of the mesh. Pass a size"
+        " that divides them, or shard x over an axis of AxisType.Auto."
+    )
+
+
 class Net(nn.Module):
     """Two layers with a norm each, so that micro-batches must meet twice."""
 

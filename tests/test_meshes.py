@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from contexts import mesh
 from family import assert_close
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,14 +58,42 @@ def results(norms, x, scale, bias):
 jitted = jax.jit(results, static_argnums=0)
 
 
-def moved(text):
-    """The most elements that a collective other than an all-reduce brings together."""
-    found = [0]
+KINDS = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+
+
+def moves(text):
+    """The elements of each array that a collective brings to a device."""
+    found = []
     for line in text.splitlines():
-        if re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line):
-            shapes = re.findall(r"f\d+\[([\d,]*)\]", line.split(" = ")[1].split("(")[0])
-            found += [math.prod(map(int, s.split(","))) for s in shapes if s]
-    return max(found)
+        head, *rest = re.split(rf" (?:{KINDS})(?:-start)?\(", line)
+        if rest:
+            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", head.split(" = ")[1])
+            found += [math.prod(int(n) for n in s.split(",") if n) for s in shapes]
+    return found
+
+
+def moved(text):
+    return max(moves(text), default=0)
+
+
+def test_what_moves_is_seen():
+    """An array is found in whichever collective, alone and in a tuple."""
+    devices = mesh((8,), ("d",))
+    x = jnp.ones((8, 16, 3))
+
+    def text(f, out):
+        one = jax.shard_map(f, mesh=devices, in_specs=P("d"), out_specs=out)
+        return jax.jit(one).lower(x).compile().as_text()
+
+    def exchanged(a):
+        return lax.all_to_all(a, "d", split_axis=1, concat_axis=0, tiled=True)
+
+    def summed(a):
+        return lax.psum(jnp.zeros((8, 16, 3)).at[lax.axis_index("d")].set(a[0]), "d")
+
+    assert moved(text(exchanged, P(None, "d"))) >= 2 * 3
+    assert moved(text(summed, P())) == x.size
+    assert moved(text(lambda a: a + 1, P("d"))) == 0
 
 
 @pytest.mark.usefixtures("float64")
@@ -129,6 +158,46 @@ def test_one_axis_by_name_and_the_other_automatic(check_vma):
         got = np.asarray(program(x, scale, bias))
     assert_close(got, np.asarray(want), math.prod(SHAPE))
     assert moved(program.as_text()) < math.prod(SHAPE) / 8
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("ghosts", [None, 1])
+def test_masks_and_gradients_by_name_with_the_features_over_the_other(kind, ghosts):
+    x, *_ = arguments()
+    where = jnp.ones((len(x), 1, 1, 1), bool).at[1:3].set(False)
+    devices = mesh(*MESH, kind)
+
+    def gradient(x, where, axis_name=None):
+        def loss(x):
+            y, _ = normjax.batch_norm(
+                x, where=where, axis_name=axis_name, virtual_batch_size=ghosts
+            )
+            return jnp.sin(y).sum()
+
+        return jax.grad(loss)(x)
+
+    want = gradient(x, where)
+    with jax.set_mesh(devices):
+        lies = NamedSharding(devices, P("data", None, None, "model"))
+        placed = jax.device_put(x, lies)
+
+        def compiled(f):
+            data = P("data")
+            split = jax.shard_map(f, in_specs=data, out_specs=data, axis_names={"data"})
+            return jax.jit(split).lower(placed, where).compile()
+
+        program = compiled(functools.partial(gradient, axis_name="data"))
+        got = np.asarray(program(placed, where))
+        # XLA itself gathers what comes into and out of such a shard_map, or does not.
+        bare = compiled(lambda x, where: jnp.where(where, jnp.sin(x), 0.0))
+    assert_close(got, np.asarray(want), math.prod(SHAPE))
+    large, of_bare = (
+        [n for n in moves(p.as_text()) if n >= math.prod(SHAPE) / 8]
+        for p in (program, bare)
+    )
+    assert large == of_bare
 
 
 @pytest.mark.usefixtures("float64")

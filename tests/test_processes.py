@@ -82,11 +82,16 @@ def test_replicas_that_drift_between_processes_are_found_by_all_of_them(trained)
         )
 
 
-def test_processes_that_disagree_about_shapes_are_told_so_all_of_them(trained):
+def test_processes_that_disagree_about_arrays_are_told_so_all_of_them(trained):
     processes, out = trained
     for i in range(processes):
         assert (out / f"disagree-{i}.txt").read_text() == (
             "global_batch: all processes must have arrays of the same names, shapes and"
-            " dtypes. Got ['x']: (8, 6) float32 on process 0, (9, 6) float32 on process"
-            " 1. Pad each batch with pad_batch, to one size on all of them."
+            " dtypes, in one order. Got ['x']: (8, 6) float32 on process 0, (9, 6)"
+            " float32 on process 1. Pad each batch with pad_batch, to one size on all"
+            " of them.\n"
+            "global_batch: all processes must have arrays of the same names, shapes and"
+            " dtypes, in one order. Got their order: ['x'], ['y'] on process 0, ['y'],"
+            " ['x'] on process 1. Pad each batch with pad_batch, to one size on all of"
+            " them."
         )

@@ -56,7 +56,7 @@ def test_hosts_with_their_own_sizes_have_the_statistics_of_all():
     assert_close(got, (m.count, m.mean, m.var), sum(sizes))
 
 
-@pytest.mark.parametrize(
+BATCHES = pytest.mark.parametrize(
     ("batch", "size", "message"),
     [
         (
@@ -86,6 +86,37 @@ def test_hosts_with_their_own_sizes_have_the_statistics_of_all():
         ),
     ],
 )
+
+
+def test_a_batch_of_keys_is_padded():
+    keys = jax.random.split(jax.random.key(0), 3)
+    padded, mask = tools.pad_batch({"key": keys}, 4)
+    assert padded["key"].dtype == keys.dtype and mask.sum() == 3
+    assert (padded["key"][:3] == keys).all()
+
+
+@pytest.mark.parametrize("size", [4.0, "4", True])
+def test_a_size_that_is_no_integer_is_refused(size):
+    with pytest.raises(TypeError) as error:
+        tools.pad_batch(np.ones(3), size)
+    assert str(error.value) == (
+        "pad_batch: size must be an integer, the number of samples that is wanted. Got"
+        f" size={size!r}. Pass the size of the largest batch of all hosts."
+    )
+
+
+def test_what_is_not_of_samples_is_refused_in_a_global_batch():
+    sharding = NamedSharding(mesh((8,), ("d",)), P("d"))
+    with pytest.raises(ValueError) as error:
+        tools.global_batch({"x": np.ones(8), "epoch": 2}, sharding)
+    assert str(error.value) == (
+        "global_batch: a batch is a tree of arrays whose first axis is that of the"
+        " samples. Got ['epoch'] of shape (). Leave out of the batch what is not of"
+        " samples."
+    )
+
+
+@BATCHES
 def test_batches_that_disagree_are_refused(batch, size, message):
     with pytest.raises(ValueError) as error:
         tools.pad_batch(batch, size)

@@ -27,6 +27,7 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, np.ndarray]:
       takes as ``mask[:, None, None, None]`` for ``x`` of shape ``[N, H, W, C]``.
 
     Raises:
+      TypeError: if ``size`` is no integer.
       ValueError: if arrays disagree about n, one has no axis, or n is above ``size``.
 
     Example:
@@ -36,19 +37,15 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, np.ndarray]:
       >>> padded["x"].shape, mask
       ((4, 3), array([ True,  True, False, False]))
     """
-    found = {
-        jax.tree_util.keystr(path) or "the batch": np.shape(a)
-        for path, a in jax.tree_util.tree_leaves_with_path(batch)
-    }
-    scalars = [path for path, shape in found.items() if not shape]
-    if scalars or not found:
+    if not hasattr(size, "__index__") or isinstance(size, bool):
         raise _check.error(
-            ValueError,
+            TypeError,
             "pad_batch",
-            "a batch is a tree of arrays whose first axis is that of the samples",
-            f"{scalars[0]} of shape ()" if scalars else "no arrays",
-            "Leave out of the batch what is not of samples",
+            "size must be an integer, the number of samples that is wanted",
+            f"size={size!r}",
+            "Pass the size of the largest batch of all hosts",
         )
+    found = _shapes("pad_batch", batch)
     sizes = {path: shape[0] for path, shape in found.items()}
     first, n = next(iter(sizes.items()))
     other = next((path for path, m in sizes.items() if m != n), None)
@@ -70,10 +67,31 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, np.ndarray]:
         )
 
     def padded(a):
+        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            data = padded(jax.random.key_data(a))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
         widths = [(0, size - n)] + [(0, 0)] * (np.ndim(a) - 1)
         return jnp.pad(a, widths) if isinstance(a, jax.Array) else np.pad(a, widths)
 
     return jax.tree.map(padded, batch), np.arange(size) < n
+
+
+def _shapes(name: str, batch: Any) -> dict[str, tuple]:
+    """The shape of each array of a batch, all of which have an axis of samples."""
+    found = {
+        jax.tree_util.keystr(path) or "the batch": np.shape(a)
+        for path, a in jax.tree_util.tree_leaves_with_path(batch)
+    }
+    scalars = [path for path, shape in found.items() if not shape]
+    if scalars or not found:
+        raise _check.error(
+            ValueError,
+            name,
+            "a batch is a tree of arrays whose first axis is that of the samples",
+            f"{scalars[0]} of shape ()" if scalars else "no arrays",
+            "Leave out of the batch what is not of samples",
+        )
+    return found
 
 
 def global_batch(batch: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -91,7 +109,8 @@ def global_batch(batch: Any, sharding: jax.sharding.Sharding) -> Any:
       The tree of arrays ``[processes * n, ...]``.
 
     Raises:
-      ValueError: on every process, if two processes disagree.
+      ValueError: on every process, if two processes disagree, or if an array has no
+        axis.
 
     Example:
       >>> import jax
@@ -105,6 +124,7 @@ def global_batch(batch: Any, sharding: jax.sharding.Sharding) -> Any:
     """
     if jax.process_count() > 1:
         _agree(batch)
+    _shapes("global_batch", batch)
     return jax.tree.map(
         lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch
     )
@@ -121,11 +141,15 @@ def _agree(batch: Any) -> None:
         if text == first:
             continue
         one, other = json.loads(first), json.loads(text)
-        path = next(p for p in {**one, **other} if one.get(p) != other.get(p))
+        paths = {**one, **other}
+        path = next((p for p in paths if one.get(p) != other.get(p)), "their order")
+        if path not in paths:
+            one, other = ({path: ", ".join(names)} for names in (one, other))
         raise _check.error(
             ValueError,
             "global_batch",
-            "all processes must have arrays of the same names, shapes and dtypes",
+            "all processes must have arrays of the same names, shapes and dtypes, in"
+            " one order",
             f"{path}: {one.get(path, 'none')} on process 0, {other.get(path, 'none')}"
             f" on process {number}",
             "Pad each batch with pad_batch, to one size on all of them",
