@@ -157,6 +157,20 @@ def taken(channels: int, devices: int) -> bool:
     return size <= _moments.ONE_ALL_REDUCE_BYTES
 
 
+def worst() -> tuple[float, int, int]:
+    """How far what is taken is from the faster, at most; its channels and devices."""
+    found = []
+    for network in NETWORKS:
+        for channels in (2**k for k in range(4, 13)):
+            for devices in range(2, SCALES[-1] + 1):
+                one, two = (
+                    seconds(network, channels, devices, b) for b in (True, False)
+                )
+                choice = one if taken(channels, devices) else two
+                found.append((choice / min(one, two), channels, devices))
+    return max(found)
+
+
 def modelled() -> list[list[str]]:
     """Rows of what one and two all-reduces take by the model, and which is taken."""
     rows = []
@@ -221,6 +235,9 @@ def main() -> None:
     print()
     header = ["network", "channels", "devices", "one, µs", "two, µs"]
     print(cases.table([*header, "taken", "over the faster"], modelled()))
+    ratio, channels, devices = worst()
+    where = f"{channels} channels on {devices} devices"
+    print(f"\nOver the faster at most: {ratio:.2f}, {where}")
     if args.plot:
         draw(args.plot)
 

@@ -18,7 +18,7 @@ from normjax import _axes, _check
 
 # Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
 # row for each device; above, in two all-reduces of one row each.
-ONE_ALL_REDUCE_BYTES = 256 * 1024
+ONE_ALL_REDUCE_BYTES = 1024 * 1024
 
 # Counts are added in two limbs, multiples of this and the rest, so that float32 holds
 # their sums exactly far beyond its 2**24.

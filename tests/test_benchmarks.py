@@ -154,5 +154,7 @@ def test_the_model_of_sync_has_the_bytes_of_the_compiled_program(one, monkeypatc
 
 
 def test_what_is_taken_to_sync_is_never_twice_the_faster():
-    for row in sync.modelled():
-        assert float(row[-1]) < 2
+    ratio, channels, devices = sync.worst()
+    assert ratio < 2
+    assert all(float(row[-1]) <= ratio + 0.005 for row in sync.modelled())
+    assert 16 <= channels <= 4096 and 2 <= devices <= 4096
