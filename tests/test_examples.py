@@ -1,9 +1,12 @@
 """The examples run, learn, and import what they say."""
 
+import argparse
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import normjax
 
@@ -82,3 +85,83 @@ def test_a_process_says_why_it_failed_and_not_how_its_files_are_set(monkeypatch)
         "ValueError: no [brackets] of theirs",
         False,
     )
+
+
+def word(what, step=0, within=1):
+    """Code by which a worker says how far it is, as multihost.say does."""
+    return f"say(what={what!r}, step={step}, within={within})"
+
+
+def failed(why, for_want, status=1):
+    """Code by which a worker says why it failed, and ends."""
+    facts = f"why={why!r}, for_want={for_want}, at=time.time()"
+    return f"say(what='failed', step=-1, {facts}); os._exit({status})"
+
+
+SAY = "import json, os, time; say = lambda **a: print(json.dumps(a), flush=True)"
+SLEEP, ABORT = "time.sleep(60)", "os.kill(os.getpid(), 6)"
+ENDS = {  # of what each of two workers does, what the launcher makes
+    "both are done": ([word("saved")] * 2, "done", ""),
+    "one has not come as far": (
+        [f"{word('step', 3)}; {SLEEP}", f"{word('step', 2)}; {SLEEP}"],
+        "fault",
+        "worker 1 hangs before step 3, 1 s",
+    ),
+    "none has begun": ([SLEEP] * 2, "fault", "worker 0, 1 hangs before the first step"),
+    "saving takes longer than a step may": (
+        [f"{word('step', 4)}; {word('saving', 4, 30)}; time.sleep(2)"] * 2,
+        "done",
+        "",
+    ),
+    "saving does not end": (
+        [f"{word('saving', 4)}; {SLEEP}"] * 2,
+        "fault",
+        "worker 0, 1 hangs while it saves step 4, or before the next, 1 s",
+    ),
+    "one is frozen, and the other aborted for it": (
+        [f"{word('step', 3, 30)}; {ABORT}", f"{word('step', 3, 30)}; {SLEEP}"],
+        "fault",
+        "worker 1 shows no sign of life, and JAX has ended those that wait",
+    ),
+    "the cause says so after what came of it": (
+        [
+            failed("Gloo: connection closed", True),
+            f"{word('step', 3, 30)}; time.sleep(1); {failed('no luck', False)}",
+        ],
+        "fault",
+        "worker 1 failed: no luck",
+    ),
+    "it cannot be trained with": (
+        [failed("Refused: the model must", False, 2), SLEEP],
+        "refused",
+        "worker 0 failed: Refused: the model must",
+    ),
+    "one was killed": (
+        [f"{word('step', 3, 30)}; os.kill(os.getpid(), 9)", SLEEP],
+        "fault",
+        "worker 0 was killed by SIGKILL",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_launcher_finds_out_what_befell_its_workers(case, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    watch = load("multihost").watch
+    codes, kind, why = ENDS[case]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", f"{SAY}; {code}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for code in codes
+    ]
+    try:
+        end = watch(argparse.Namespace(start_timeout=3), workers)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate(timeout=20)
+    assert end.kind == kind
+    assert end.why.startswith(why) and bool(end.why) == bool(why)
