@@ -182,14 +182,15 @@ def test_masks_and_gradients_by_name_with_the_features_over_the_other(kind, ghos
     with jax.set_mesh(devices):
         lies = NamedSharding(devices, P("data", None, None, "model"))
         placed = jax.device_put(x, lies)
+        counted = jax.device_put(where, NamedSharding(devices, P("data")))
 
         def compiled(f):
             data = P("data")
             split = jax.shard_map(f, in_specs=data, out_specs=data, axis_names={"data"})
-            return jax.jit(split).lower(placed, where).compile()
+            return jax.jit(split).lower(placed, counted).compile()
 
         program = compiled(functools.partial(gradient, axis_name="data"))
-        got = np.asarray(program(placed, where))
+        got = np.asarray(program(placed, counted))
         # XLA itself gathers what comes into and out of such a shard_map, or does not.
         bare = compiled(lambda x, where: jnp.where(where, jnp.sin(x), 0.0))
     assert_close(got, np.asarray(want), math.prod(SHAPE))
