@@ -268,6 +268,8 @@ def work(args: argparse.Namespace) -> int:
                     losses=ocp.args.JsonSave(losses),
                 )
                 manager.save(step, args=save, force=True)
+                if not last:  # which is waited for, below
+                    say("saved", step, within=args.hang_timeout)
             elif last:
                 manager.wait_until_finished()
                 return FULL
@@ -401,10 +403,11 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
     ]
     for listener in listeners:
         listener.start()
-    nothing = {"what": "nothing", "step": -1, "within": args.start_timeout}
+    nothing = {"what": "nothing", "step": -1}
     last = [nothing] * len(workers)  # of what each has said of how far it is
     fates: dict[int, Fate] = {}  # of those that are not well
-    due = time.monotonic() + args.start_timeout
+    allowed = args.start_timeout  # seconds, since one of them was heard
+    due = time.monotonic() + allowed
     while True:
         try:
             number, line = said.get(timeout=0.1)
@@ -416,7 +419,8 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
                 fates[number] = Fate(line["for_want"], line["at"], why)
             elif "within" in line:
                 last[number] = line
-                due = time.monotonic() + line["within"]
+                allowed = line["within"]
+                due = time.monotonic() + allowed
             tell(number, line)
             continue
         step = max(line["step"] for line in last)
@@ -436,7 +440,7 @@ def watch(args: argparse.Namespace, workers: list[subprocess.Popen]) -> End:
             if end is not None:
                 return end
         elif time.monotonic() > due:
-            return End("fault", hang(last), step)
+            return End("fault", f"{hang(last)}, {allowed} s", step)
 
 
 def first_cause(
@@ -462,15 +466,14 @@ def first_cause(
 def hang(last: list[dict]) -> str:
     """Says which workers are behind the others, and where."""
     behind = min(line["step"] for line in last)
-    who = ", ".join(str(i) for i, line in enumerate(last) if line["step"] == behind)
-    line = next(line for line in last if line["step"] == behind)
+    who = [i for i, line in enumerate(last) if line["step"] == behind]
     places = {
         "nothing": "before the first step",
-        "saving": f"while it saves step {behind}, or before the next",
-        "saved": "after the last step",
+        "saving": f"while it saves step {behind}",
+        "saved": f"after it has saved step {behind}",
     }
-    where = places.get(line["what"], f"before step {behind + 1}")
-    return f"worker {who} hangs {where}, {line['within']} s"
+    where = places.get(last[who[0]]["what"], f"before step {behind + 1}")
+    return f"worker {', '.join(map(str, who))} hangs {where}"
 
 
 def fate(number: int, status: int) -> Fate:

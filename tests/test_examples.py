@@ -107,6 +107,11 @@ ENDS = {  # of what each of two workers does, what the launcher makes
         "fault",
         "worker 1 hangs before step 3, 1 s",
     ),
+    "one has saved, and not come as far": (
+        [f"{word('step', 9)}; {SLEEP}", f"{word('saved', 8)}; {SLEEP}"],
+        "fault",
+        "worker 1 hangs after it has saved step 8, 1 s",
+    ),
     "none has begun": ([SLEEP] * 2, "fault", "worker 0, 1 hangs before the first step"),
     "saving takes longer than a step may": (
         [f"{word('step', 4)}; {word('saving', 4, 30)}; time.sleep(2)"] * 2,
@@ -116,7 +121,7 @@ ENDS = {  # of what each of two workers does, what the launcher makes
     "saving does not end": (
         [f"{word('saving', 4)}; {SLEEP}"] * 2,
         "fault",
-        "worker 0, 1 hangs while it saves step 4, or before the next, 1 s",
+        "worker 0, 1 hangs while it saves step 4, 1 s",
     ),
     "one is frozen, and the other aborted for it": (
         [f"{word('step', 3, 30)}; {ABORT}", f"{word('step', 3, 30)}; {SLEEP}"],
