@@ -165,13 +165,35 @@ def restore(manager: ocp.CheckpointManager, state: dict) -> tuple[dict, list]:
             return found.state, found.losses
         unreadable[step] = why
     if unreadable:
+        newest, why = next(iter(unreadable.items()))
+        why = differs(manager, newest, state) or why[:400].rstrip(".")
         raise Refused(
             f"the model must be that of the checkpoints. Got {manager.directory}, of"
-            f" whose checkpoints {sorted(unreadable)} none can be read:"
-            f" {next(iter(unreadable.values()))[:400].rstrip('.')}. Restore the model"
-            " that was trained, or pass another --out to train anew."
+            f" whose checkpoints {sorted(unreadable)} none can be read: {why}. Restore"
+            " the model that was trained, or pass another --out to train anew."
         )
     return state, []
+
+
+def differs(manager: ocp.CheckpointManager, step: int, state: dict) -> str:
+    """Says in which array first a checkpoint is of another model; empty if in none."""
+
+    def shapes(tree):  # of named tuples the checkpoint has the names alone
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        name = jax.tree_util.keystr
+        return {name(path, simple=True, separator="/"): a.shape for path, a in found}
+
+    saver = ocp.StandardCheckpointer()
+    try:
+        saved = saver.metadata(Path(manager.directory) / str(step) / "state")
+    except Exception as error:  # whatever a file that was cut off leads to
+        return f"{type(error).__name__}: {error}"[:400]
+    there, here = shapes(saved.item_metadata.tree), shapes(state)
+    for path in sorted({**there, **here}):
+        if there.get(path) != here.get(path):
+            was, now = (of.get(path, "absent") for of in (there, here))
+            return f"{path} is {was} in checkpoint {step}, and {now} in the model"
+    return ""
 
 
 def everywhere(true: bool) -> bool:
