@@ -29,6 +29,7 @@ from normjax import _moments
 
 DEVICES = 8
 CHANNELS = (64, 256, 1024, 2048)
+OTHER_LIMITS = (256 << 10, 1536 << 10)  # of one all-reduce, for comparison
 SCALES = tuple(2**k for k in range(3, 13))  # 8 to 4096 devices
 
 
@@ -151,13 +152,13 @@ def one_is_faster(network: Network, channels: int, devices: int) -> bool:
     return one <= two
 
 
-def taken(channels: int, devices: int) -> bool:
-    """Whether normjax takes one all-reduce."""
+def taken(channels: int, devices: int, limit: int | None = None) -> bool:
+    """Whether normjax takes one all-reduce; or would, up to so many bytes."""
     (size,) = buffers(channels, devices, True)
-    return size <= _moments.ONE_ALL_REDUCE_BYTES
+    return size <= (_moments.ONE_ALL_REDUCE_BYTES if limit is None else limit)
 
 
-def worst() -> tuple[float, int, int]:
+def worst(limit: int | None = None) -> tuple[float, int, int]:
     """How far what is taken is from the faster, at most; its channels and devices."""
     found = []
     for network in NETWORKS:
@@ -166,7 +167,7 @@ def worst() -> tuple[float, int, int]:
                 one, two = (
                     seconds(network, channels, devices, b) for b in (True, False)
                 )
-                choice = one if taken(channels, devices) else two
+                choice = one if taken(channels, devices, limit) else two
                 found.append((choice / min(one, two), channels, devices))
     return max(found)
 
@@ -235,9 +236,11 @@ def main() -> None:
     print()
     header = ["network", "channels", "devices", "one, µs", "two, µs"]
     print(cases.table([*header, "taken", "over the faster"], modelled()))
-    ratio, channels, devices = worst()
-    where = f"{channels} channels on {devices} devices"
-    print(f"\nOver the faster at most: {ratio:.2f}, {where}")
+    print()
+    for limit in (_moments.ONE_ALL_REDUCE_BYTES, *OTHER_LIMITS):
+        ratio, channels, devices = worst(limit)
+        where = f"{channels} channels on {devices} devices"
+        print(f"One up to {limit >> 10} KiB: {ratio:.2f} times the faster, at {where}")
     if args.plot:
         draw(args.plot)
 

@@ -10,8 +10,8 @@ where a run was left, by SIGTERM or for good.
 
 `--fault kill:1:20` rehearses it: worker 1 is killed before step 20. The kinds are kill,
 raise, hang, freeze, in which not even its heart beats, as of a machine that is lost,
-term, and disk, which takes nothing more from then on. On a cluster each
-host runs one worker, and the scheduler takes the place of the launcher:
+term, and disk, which takes nothing more from then on. On a cluster each host runs one
+worker, and the scheduler takes the place of the launcher:
 `python examples/multihost.py --worker`, see docs/scaling.md.
 """
 

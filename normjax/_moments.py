@@ -339,6 +339,8 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
     """Counts values, as (count, carry) with the shape of the moments."""
     shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
     n = math.prod(x.shape[a] for a in axes)
+    if where is not None:
+        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
     if where is None and isinstance(n, int):
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
@@ -346,11 +348,9 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
     if where is None:  # of a size that jax.export leaves open
         total = jnp.broadcast_to(jnp.asarray(n), shape)
     elif where.dtype != jnp.bool_:
-        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
         count = where.sum(axes, keepdims=True, dtype=dtype)
         return count, jnp.zeros_like(count)
     else:
-        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
         # A sum in the dtype of statistics shares their all-reduce, where it is exact.
         exact = isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps
         of = dtype if exact else jnp.int32

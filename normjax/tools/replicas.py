@@ -130,7 +130,7 @@ def find_drift(tree: Any, *, stacked: bool = False) -> list[Drift]:
     if stacked:
         sums = _of_stacked(paths, arrays)
         names: list[Any] = list(range(len(sums)))
-        groups = [[names]] * len(arrays)
+        groups = [[names] if names else []] * len(arrays)
     else:
         mesh = _mesh_of(paths, arrays)
         names = list(mesh.devices.flat)
@@ -254,8 +254,6 @@ def _holders(a: jax.Array, devices: list) -> list[list]:
 
 def _odd_ones(group: list, sums: np.ndarray, rows: dict) -> list:
     """Those of a group whose checksum is not that of most, or of the first."""
-    if not group:
-        return []
     values = [int(sums[rows[d]]) for d in group]
     ((usual, _),) = collections.Counter(values).most_common(1)
     return [d for d, value in zip(group, values, strict=True) if value != usual]
