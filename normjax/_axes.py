@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from normjax import _check
 
@@ -19,7 +19,7 @@ def canonical(name: str, axis: Axes, ndim: int, what: str = "axis") -> tuple[int
     axes: tuple[Any, ...] = (axis,)
     if isinstance(axis, Iterable) and np.ndim(axis) > 0:
         axes = tuple(axis)
-    if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
+    if not all(map(_check.is_integer, axes)):
         raise _check.error(
             TypeError,
             name,
@@ -113,7 +113,7 @@ def lay(
 def divisor(name: str, what: str, value: Any, axes: Any, of: str, shape: Any) -> int:
     """Returns ``value``, called ``what``, if it divides the size of ``axes`` of x."""
     size = math.prod(shape[a] for a in axes)
-    if not hasattr(value, "__index__") or isinstance(value, bool):
+    if not _check.is_integer(value):
         raise _check.error(
             TypeError,
             name,
@@ -161,18 +161,37 @@ def sharded_like(where: jax.Array, x: jax.Array) -> jax.Array:
 
     On an explicit mesh a select needs it.
     """
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = _explicit(x)
+    if sharding is None:
         return where
     return jax.sharding.reshard(jnp.broadcast_to(where, x.shape), sharding)
 
 
+def _explicit(a: jax.Array) -> Any:
+    """How an array lies on an explicit mesh, None for on none.
+
+    With the devices themselves where it is there already, since no mesh need be in use.
+    """
+    sharding: Any = jax.typeof(a).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    here = isinstance(a, jax.Array) and _check.is_concrete(a)
+    return a.sharding if here else sharding
+
+
+def lies_over(a: jax.Array) -> tuple:
+    """Over which axes of an explicit mesh each axis of an array lies; None for none."""
+    if _explicit(a) is None:
+        return (None,) * a.ndim
+    return tuple(jax.typeof(a).sharding.spec)
+
+
 def pieces(x: jax.Array, axis: int) -> int:
     """Into how many pieces an explicit mesh shards an axis."""
-    sharding = jax.typeof(x).sharding
-    names = sharding.spec[axis] if AxisType.Explicit in sharding.mesh.axis_types else ()
+    names = lies_over(x)[axis]
     names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+    sizes = jax.typeof(x).sharding.mesh.shape
+    return math.prod(sizes[name] for name in names if name is not None)
 
 
 def _whole(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -180,13 +199,12 @@ def _whole(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
     An explicit mesh refuses to split a sharded axis whose shards are not whole groups.
     """
-    sharding = jax.typeof(a).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    over = lies_over(a)
+    spec = [None if i in axes else s for i, s in enumerate(over)]
+    if spec == list(over):
         return a
-    spec = [None if i in axes else s for i, s in enumerate(sharding.spec)]
-    if spec == list(sharding.spec):
-        return a
-    return jax.sharding.reshard(a, PartitionSpec(*spec))
+    mesh = _explicit(a).mesh
+    return jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def features_of(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -6,6 +6,7 @@ Every message has one form: *function: the rule. Got the facts. What to do.*
 import importlib
 import numbers
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -24,6 +25,15 @@ def error(
 def is_concrete(value: Any) -> bool:
     """Whether ``value`` can be read now: a number or an array, not a tracer."""
     return not isinstance(value, jax.core.Tracer)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer that can be read now, and no truth value."""
+    try:
+        operator.index(value)
+    except TypeError:  # that of a tracer, too
+        return False
+    return not isinstance(value, bool)
 
 
 def is_bound(axis_name: Any) -> bool:
@@ -187,16 +197,18 @@ def where(
             f"{what}.dtype={mask.dtype}",
             f"Pass {what}.astype(bool) or {what}.astype(jnp.float32)",
         )
-    if mask.dtype != jnp.bool_ and is_concrete(mask):
-        worst = np.min(np.asarray(mask), initial=0.0)
-        if not worst >= 0:
-            raise error(
-                ValueError,
-                name,
-                "weights must not be negative or NaN",
-                f"{what} with {worst} in it",
-                f"Pass jnp.clip({what}, 0), or leave values out with weight 0",
-            )
+    here = is_concrete(mask) and mask.is_fully_addressable
+    if mask.dtype != jnp.bool_ and here:
+        values = np.asarray(mask)
+        for worst in (np.min(values, initial=0.0), np.max(values, initial=0.0)):
+            if not 0 <= worst < np.inf:
+                raise error(
+                    ValueError,
+                    name,
+                    "weights must be finite and not negative",
+                    f"{what} with {worst} in it",
+                    f"Pass jnp.clip({what}, 0), or leave values out with weight 0",
+                )
     if 0 < mask.ndim == len(shape) - 1:
         raise error(
             ValueError,
@@ -236,17 +248,7 @@ def devices(name: str, axis_name: Any, axis_index_groups: Any) -> tuple[tuple, t
         return (), ()
     names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     for n in names:
-        if not is_bound(n):
-            mesh = jax.sharding.get_abstract_mesh().axis_names
-            raise error(
-                ValueError,
-                name,
-                "axis_name must name an axis of the pmap, shard_map or vmap around"
-                " the call",
-                f"axis_name={n!r}; the mesh in use has {mesh or 'no axes'}",
-                "Call it inside one of those; under jit over sharded arrays leave"
-                " axis_name=None, the statistics are synced without it",
-            )
+        device_axis(name, n)
     if len(set(names)) != len(names):
         raise error(
             ValueError,
@@ -258,6 +260,51 @@ def devices(name: str, axis_name: Any, axis_index_groups: Any) -> tuple[tuple, t
     if axis_index_groups is None:
         return names, ()
     return names, groups(name, axis_index_groups, lax.axis_size(names))
+
+
+def device_axis(name: str, axis_name: Any) -> None:
+    """Refuses what is no axis over which devices can be synced here."""
+    if isinstance(axis_name, int) or not isinstance(axis_name, Hashable):
+        raise error(
+            TypeError,
+            name,
+            "axis_name must be the name of a device axis, or a tuple of names",
+            f"axis_name={axis_name!r}",
+            "Pass axis_name='data', say",
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    if not is_bound(axis_name):
+        facts = f"the mesh in use has {mesh.axis_names or 'no axes'}"
+        todo = (
+            "Call it inside one of those; under jit over sharded arrays leave"
+            " axis_name=None, the statistics are synced without it"
+        )
+        if mesh.manual_axes and axis_name in mesh.axis_names:
+            facts = f"the shard_map around the call has {mesh.manual_axes}"
+            todo = (
+                "Add it to the axis_names of the shard_map, or leave it out: over axes"
+                " that are the compiler's, the statistics are synced without it"
+            )
+        raise error(
+            ValueError,
+            name,
+            "axis_name must name an axis of the pmap, shard_map or vmap around the"
+            " call",
+            f"axis_name={axis_name!r}; {facts}",
+            todo,
+        )
+    if mesh.manual_axes and axis_name not in mesh.manual_axes:
+        try:
+            lax.psum(jnp.zeros(()), axis_name)
+        except AssertionError:  # JAX has no other word for it
+            raise error(
+                ValueError,
+                name,
+                "an axis of vmap must not be synced within a shard_map that checks what"
+                " varies, which JAX cannot",
+                f"axis_name={axis_name!r} within a shard_map of {mesh.manual_axes}",
+                "Pass check_vma=False to the shard_map",
+            ) from None
 
 
 def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...], ...]:

@@ -127,7 +127,7 @@ class Moments:
                 f"shapes {self.shape} and {other.shape}",
                 "Take both over the same axes",
             )
-        m, n = uniform(self), uniform(other)
+        m, n = uniform(self), laid_like(other, self.mean)
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), m, n)
         merged = _first(merge(both, 0))
         # The sum of two and its exact rounding error; the limbs of `merge` have an end.
@@ -138,7 +138,15 @@ class Moments:
 
 def uniform(m: Moments) -> Moments:
     """Gives all fields of moments that were built by hand the shape of the mean."""
-    return jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), m.shape), m)
+    return laid_like(m, m.mean)
+
+
+def laid_like(m: Moments, a: jax.Array) -> Moments:
+    """Moments whose fields have the shape of ``a``, and lie over a mesh as it does."""
+    a = jnp.asarray(a)
+    return jax.tree.map(
+        lambda field: _axes.sharded_like(jnp.broadcast_to(field, a.shape), a), m
+    )
 
 
 def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -281,6 +289,7 @@ def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Mom
     devices into one batch.
     """
     m = _local(x, where, r, dtype)
+    m = laid_like(m, m.mean)
     if r.group_axes:
         members = jax.tree.map(
             lambda a: _axes.split_groups(a, r.group_axes, r.num_groups), m
@@ -422,7 +431,7 @@ def across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
     size = lax.axis_size(r.names)
     fields = [m.mean, m.rest, m.var] + ([] if even else [m.count, m.carry])
     buffer = _packed(fields)
-    apart = _are_apart(r)
+    apart = _are_apart(r, buffer)
     large = size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES
     if large and not apart:
         return _across_devices_twice(m, r, even)
@@ -470,7 +479,7 @@ def _added_up(terms: list, r: Reduction) -> list:
     packed = _packed(terms)
     if not r.groups:
         return _unpacked(lax.psum(packed, r.names), terms)
-    if _are_apart(r):
+    if _are_apart(r, packed):
         return _unpacked(_of_group(packed, r).sum(0), terms)
     packed = packed[None]
     mine = _row(_groups_of(r)[lax.axis_index(r.names)], len(r.groups), packed)
@@ -478,15 +487,18 @@ def _added_up(terms: list, r: Reduction) -> list:
     return _unpacked(_alone(rows, mine).sum(0), terms)
 
 
-def _are_apart(r: Reduction) -> bool:
-    """Whether each sub-group can have a collective of its own.
+def _are_apart(r: Reduction, a: jax.Array) -> bool:
+    """Whether each sub-group can have a collective of its own, of an array.
 
     All have to be of one size, and of devices: vmap knows no groups. A psum of groups
-    is refused under shard_map with check_vma, an all-gather is not.
+    is refused under shard_map with check_vma, an all-gather is not; but jax 0.10 takes
+    the type of one wrong, of an array that lies over other, explicit axes.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     sizes = {len(group) for group in r.groups}
-    return len(sizes) == 1 and set(r.names) <= set(manual)
+    return (
+        len(sizes) == 1 and set(r.names) <= set(manual) and not any(_axes.lies_over(a))
+    )
 
 
 def _of_group(a: jax.Array, r: Reduction) -> jax.Array:

@@ -37,8 +37,14 @@ def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype, activation):
     operands = {"x": x, "scale": scale, "bias": bias}
     dtype = _check.output_dtype(name, dtype, operands)
     epsilon = _check.epsilon(name, epsilon, _moments.statistics_dtype(x, dtype))
-    # XLA of jax 0.10 on a CPU sums several times slower past an axis of size 1.
-    units = tuple(a for a, n in enumerate(x.shape) if n == 1 and a not in r.group_axes)
+    # XLA of jax 0.10 on a CPU sums several times slower past an axis of size 1. One
+    # that lies over an explicit mesh stays: its gradient would not lie there again.
+    lying = [_axes.lies_over(a) for a in (x, scale, bias, where) if a is not None]
+    units = tuple(
+        a
+        for a, n in enumerate(x.shape)
+        if n == 1 and a not in r.group_axes and not any(spec[a] for spec in lying)
+    )
     if len(units) == x.ndim:
         units = ()
     kept = _axes.others(units, x.ndim)

@@ -280,10 +280,10 @@ def test_where_that_is_neither_boolean_nor_floating(name, dtype):
 
 
 @every
-@pytest.mark.parametrize("worst", [-0.5, float("nan")])
-def test_weights_that_are_negative_or_nan(name, worst):
+@pytest.mark.parametrize("worst", [-0.5, float("nan"), float("inf")])
+def test_weights_that_are_negative_or_not_finite(name, worst):
     message = (
-        f"{name}: weights must not be negative or NaN. Got where with {worst} in it."
+        f"{name}: weights must be finite and not negative. Got where with {worst} in it."
         " Pass jnp.clip(where, 0), or leave values out with weight 0."
     )
     with raises(ValueError, message):
@@ -313,6 +313,16 @@ def test_axis_name_that_the_mesh_does_not_have(name):
     devices = mesh((2, 4), ("rows", "columns"))
     with raises(ValueError, not_bound(name, "data", "('rows', 'columns')")):
         jax.shard_map(local, mesh=devices, in_specs=P("rows"), out_specs=P())(x)
+
+
+@pytest.mark.parametrize("axis_name", [0, True, {"d"}, {"d": 1}])
+def test_axis_name_that_is_no_name(axis_name):
+    message = (
+        "batch_norm: axis_name must be the name of a device axis, or a tuple of names."
+        f" Got axis_name={axis_name!r}. Pass axis_name='data', say."
+    )
+    with raises(TypeError, message):
+        jax.vmap(lambda x: normjax.batch_norm(x, axis_name=axis_name), axis_name="d")(x)
 
 
 def test_axis_name_given_twice():

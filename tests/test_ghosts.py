@@ -167,6 +167,11 @@ def test_ghosts_need_samples():
             "batch_norm: virtual_batch_size must be an integer. Got"
             " virtual_batch_size=2.5. Pass virtual_batch_size=32, say.",
         ),
+        (
+            np.array([2]),
+            "batch_norm: virtual_batch_size must be an integer. Got"
+            " virtual_batch_size=array([2]). Pass virtual_batch_size=32, say.",
+        ),
     ],
 )
 def test_a_size_that_does_not_divide_is_refused(size, message):

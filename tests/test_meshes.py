@@ -1,5 +1,6 @@
 """Any mesh: data and model axes, features, space and parameters sharded over them."""
 
+import contextlib
 import functools
 import math
 import re
@@ -161,7 +162,6 @@ def test_one_axis_by_name_and_the_other_automatic(check_vma):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("ghosts", [None, 1])
 def test_masks_and_gradients_by_name_with_the_features_over_the_other(kind, ghosts):
@@ -202,6 +202,100 @@ def test_masks_and_gradients_by_name_with_the_features_over_the_other(kind, ghos
 
 
 @pytest.mark.usefixtures("float64")
+def test_an_axis_of_size_1_lies_over_an_explicit_mesh_as_it_did():
+    """Over a mesh axis of one device, as in a trial run: so do y and its gradients."""
+    norms = tuple(NORMS)
+    x, scale, bias = arguments()
+    x = x[:, :1]
+    want = jitted(norms, x, scale, bias)
+    devices = mesh((8, 1), ("data", "model"), AxisType.Explicit)
+    with jax.set_mesh(devices):
+        placed = jax.device_put(x, NamedSharding(devices, P("data", "model")))
+        got = jitted(norms, placed, scale, bias)
+        for y, dx, *_ in got.values():
+            assert jax.typeof(y) == jax.typeof(dx) == jax.typeof(placed)
+        ones = jnp.ones_like(placed)  # a scale of the rank of x, that lies as x does
+        dscale = jax.grad(lambda s: normjax.layer_norm(placed, s).sum())(ones)
+        assert jax.typeof(dscale) == jax.typeof(placed)
+    assert_close(*jax.tree.map(np.asarray, (got, want)), math.prod(x.shape))
+
+
+@pytest.mark.usefixtures("float64")
+def test_no_mesh_needs_to_be_in_use_for_arrays_that_lie_on_an_explicit_one():
+    norms = tuple(NORMS)
+    devices = mesh(*MESH, AxisType.Explicit)
+    lies = NamedSharding(devices, P("data", None, None, "model"))
+    x, scale, bias = arguments()
+    got = jitted(norms, jax.device_put(x, lies), scale, bias)
+    want = jitted(norms, x, scale, bias)
+    assert_close(*jax.tree.map(np.asarray, (got, want)), math.prod(SHAPE))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("in_use", [True, False])
+def test_moments_merge_over_an_explicit_mesh(in_use):
+    """A stream that starts with nothing, of batches with a mask and without."""
+    x = arguments()[0].reshape(4, -1, 8)
+    where = jnp.arange(x.shape[1])[:, None] < 9
+
+    def stream(batches, start):
+        def step(m, x):
+            m = m.merge(normjax.moments(x, 0))
+            return m.merge(normjax.moments(x, 0, where=where)), None
+
+        return lax.scan(step, start, batches)[0]
+
+    empty = normjax.Moments.empty((1, 8), jnp.float64)
+    want = stream(x, empty)
+    devices = mesh((8,), ("model",), AxisType.Explicit)
+    of_features = NamedSharding(devices, P(None, "model"))
+    with jax.set_mesh(devices) if in_use else contextlib.nullcontext():
+        placed = jax.device_put(x, NamedSharding(devices, P(None, None, "model")))
+        lying = stream(placed, jax.device_put(empty, of_features))
+        assert lying.count.sharding.spec == lying.rest.sharding.spec == of_features.spec
+        one = normjax.moments(placed[0], 0)
+        assert one.count.sharding == one.mean.sharding
+        found = [lying, empty.merge(lying)]
+        if in_use:  # else it does not lie on the mesh that it would be carried over
+            found.append(stream(placed, normjax.Moments.empty((1, 8), jnp.float64)))
+    for got in found:
+        assert_close(*jax.tree.map(np.asarray, (got, want)), x.size)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("groups", [[[0, 2], [3, 1]], [[0], [3, 1, 2]]])
+def test_sub_groups_by_name_with_the_features_over_the_other(groups, kind):
+    x = arguments()[0]
+
+    def gradient(norm, x):
+        return jax.grad(lambda x: jnp.sin(norm(x)).sum())(x)
+
+    def apart(x):
+        pieces = x.reshape(4, 2, *SHAPE[1:])
+        y = jnp.zeros_like(pieces)
+        for group in map(jnp.asarray, groups):
+            of_group = normjax.batch_norm(pieces[group].reshape(-1, *SHAPE[1:]))[0]
+            y = y.at[group].set(of_group.reshape(-1, 2, *SHAPE[1:]))
+        return y.reshape(SHAPE)
+
+    devices = mesh(*MESH, kind)
+    with jax.set_mesh(devices):
+        split = jax.shard_map(
+            lambda x: normjax.batch_norm(x, axis_name="data", axis_index_groups=groups)[
+                0
+            ],
+            in_specs=P("data"),
+            out_specs=P("data"),
+            axis_names={"data"},
+        )
+        lies = NamedSharding(devices, P("data", None, None, "model"))
+        got = jax.jit(functools.partial(gradient, split))(jax.device_put(x, lies))
+    want = gradient(apart, x)
+    assert_close(*jax.tree.map(np.asarray, (got, want)), math.prod(SHAPE))
+
+
+@pytest.mark.usefixtures("float64")
 def test_a_mesh_axis_is_a_group_of_devices():
     """Synced over data alone, each slice along model is a batch of its own."""
     x, scale, bias = arguments()
@@ -229,3 +323,48 @@ def test_a_mesh_axis_that_is_not_there_is_named():
         " it inside one of those; under jit over sharded arrays leave axis_name=None,"
         " the statistics are synced without it."
     )
+
+
+def test_a_mesh_axis_that_shard_map_leaves_to_the_compiler_is_named():
+    x, *_ = arguments()
+    split = jax.shard_map(
+        functools.partial(normjax.layer_norm, axis_name="model"),
+        mesh=mesh(*MESH),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    with pytest.raises(ValueError) as error:
+        jax.jit(split)(x)
+    assert str(error.value) == (
+        "layer_norm: axis_name must name an axis of the pmap, shard_map or vmap around"
+        " the call. Got axis_name='model'; the shard_map around the call has ('data',)."
+        " Add it to the axis_names of the shard_map, or leave it out: over axes that"
+        " are the compiler's, the statistics are synced without it."
+    )
+
+
+def test_an_axis_of_vmap_where_shard_map_checks_what_varies_is_refused():
+    x, *_ = arguments()
+
+    def forward(x, check_vma):
+        def norm(x):
+            return normjax.batch_norm(x, axis_name=("data", "micro"))[0]
+
+        split = jax.shard_map(
+            jax.vmap(norm, axis_name="micro"),
+            mesh=mesh(*MESH),
+            in_specs=P(None, "data"),
+            out_specs=P(None, "data"),
+            check_vma=check_vma,
+        )
+        return split(x.reshape(2, 4, *SHAPE[1:])).reshape(SHAPE)
+
+    with pytest.raises(ValueError) as error:
+        forward(x, True)
+    assert str(error.value) == (
+        "batch_norm: an axis of vmap must not be synced within a shard_map that checks"
+        " what varies, which JAX cannot. Got axis_name='micro' within a shard_map of"
+        " ('data', 'model'). Pass check_vma=False to the shard_map."
+    )
+    assert_close(forward(x, False), normjax.batch_norm(x)[0], math.prod(SHAPE))

@@ -427,7 +427,7 @@ def test_negative_weights_leave_the_statistics_as_they_are(system):
     x = batches(1)[0]
     norm = system("BatchNorm", x, mask_is_weight=True)
     before = norm.statistics
-    with pytest.raises(ValueError, match="weights must not be negative or NaN"):
+    with pytest.raises(ValueError, match="weights must be finite and not negative"):
         norm(x, mask=-jnp.ones((16, 1)), use_running_average=False)
     close(norm.statistics, before)
 

@@ -1,6 +1,7 @@
 """The tools: batches of any size, and replicas that should be equal."""
 
 import functools
+from collections import defaultdict
 
 import flax
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from contexts import mesh
 from family import assert_close
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normjax
 from normjax import tools
+from normjax.nnx import BatchNorm
 
 # Batches.
 
@@ -107,6 +110,14 @@ def test_a_size_that_is_no_integer_is_refused(size):
         "pad_batch: size must be an integer, the number of samples that is wanted. Got"
         f" size={size!r}. Pass the size of the largest batch of all hosts."
     )
+
+
+def test_a_global_batch_may_hold_keys():
+    keys = jax.random.split(jax.random.key(0), 8)
+    sharding = NamedSharding(mesh((8,), ("d",)), P("d"))
+    whole = tools.global_batch({"key": keys, "x": np.ones((8, 2))}, sharding)
+    assert whole["key"].sharding.is_equivalent_to(sharding, 1)
+    assert whole["key"].dtype == keys.dtype and (whole["key"] == keys).all()
 
 
 def test_what_is_not_of_samples_is_refused_in_a_global_batch():
@@ -232,6 +243,16 @@ def test_stacked_replicas_are_compared():
     assert tools.find_drift([jnp.zeros((0, 3))], stacked=True) == []
 
 
+@pytest.mark.parametrize("dtype", ["float64", "int64", "complex128"])
+def test_what_numpy_holds_beyond_the_digits_of_jax_is_compared(dtype):
+    a = np.full((3, 4), 1, dtype)
+    a[2, 1] += 2**40 if dtype == "int64" else 1e-12
+    (drift,) = tools.find_drift([a], stacked=True)
+    assert drift.devices == (2,)
+    assert (tools.checksum(a[0]) == tools.checksum(a[1])).all()
+    assert (tools.checksum(a[0]) != tools.checksum(a[2])).all()
+
+
 def test_stacked_replicas_are_compiled_once():
     tree = {"mean": jnp.zeros((8, 5))}
     tools.find_drift(tree, stacked=True)
@@ -299,7 +320,54 @@ def test_statistics_are_merged_in_lists_and_tuples_too_and_counts_are_one():
         assert (got["count"] == 7).all()
 
 
+def test_merged_replicas_are_in_the_boxes_that_they_were_in():
+    """Those of nnx, mappings that make their own values, and fields that are None."""
+    of_each, want = statistics()
+    norms = nnx.vmap(lambda _: BatchNorm(3, rngs=nnx.Rngs(0)))(jnp.ones(8))
+    norms.mean[...], norms.var[...] = of_each["mean"], of_each["var"]
+    state = nnx.state(norms, nnx.BatchStat)
+    mapping = defaultdict(dict, norm={**of_each, "count": None}, other={"mean": None})
+    for tree, path in ((state, ()), (mapping, ("norm",))):
+        merged = tools.merge_replicas(tree)
+        assert jax.tree.structure(merged) == jax.tree.structure(tree)
+        assert type(merged) is type(tree)
+        for key in path:
+            merged, tree = merged[key], tree[key]
+        (got,) = jax.tree.leaves(merged["var"])
+        np.testing.assert_allclose(got[3], want["var"], rtol=1e-5)
+        (before,) = jax.tree.leaves(tree["var"])
+        np.testing.assert_array_equal(before, of_each["var"])
+
+
+@pytest.mark.usefixtures("float64")
+def test_replicas_merge_in_the_wider_dtype_of_mean_and_var():
+    mean = 1 / jnp.arange(3.0, 11.0)[:, None]
+    merged = tools.merge_replicas({"mean": mean, "var": jnp.ones((8, 1), jnp.float32)})
+    np.testing.assert_allclose(merged["mean"], mean.mean(), rtol=1e-15)
+    assert merged["var"].dtype == jnp.float32
+
+
 BAD = [
+    (
+        lambda: tools.merge_replicas({**statistics()[0], "count": jnp.arange(4.0)}),
+        "merge_replicas: all statistics must have as many replicas along their first"
+        " axis. Got (8,) in mean, (8,) in var, (4,) in count. Pass the statistics of all"
+        " replicas, stacked, and nothing else.",
+    ),
+    (
+        lambda: tools.merge_replicas({"a": {**statistics()[0], "count": 3}}),
+        "merge_replicas: all statistics must have as many replicas along their first"
+        " axis. Got (8,) in a/mean, (8,) in a/var, () in a/count. Pass the statistics of"
+        " all replicas, stacked, and nothing else.",
+    ),
+    (
+        lambda: tools.merge_replicas(
+            [statistics()[0], {k: a[:4] for k, a in statistics()[0].items()}]
+        ),
+        "merge_replicas: all statistics must have as many replicas along their first"
+        " axis. Got (8,) in 0/mean, (8,) in 0/var, (4,) in 1/mean, (4,) in 1/var. Pass"
+        " the statistics of all replicas, stacked, and nothing else.",
+    ),
     (
         lambda: tools.find_drift(placed(A, P(("d", "m")))),
         "find_drift: something must be on several devices, to be compared. Got the array"

@@ -37,7 +37,7 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, np.ndarray]:
       >>> padded["x"].shape, mask
       ((4, 3), array([ True,  True, False, False]))
     """
-    if not hasattr(size, "__index__") or isinstance(size, bool):
+    if not _check.is_integer(size):
         raise _check.error(
             TypeError,
             "pad_batch",
@@ -67,9 +67,8 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, np.ndarray]:
         )
 
     def padded(a):
-        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            data = padded(jax.random.key_data(a))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
+        if _is_key(a):
+            return _wrapped(padded(jax.random.key_data(a)), a)
         widths = [(0, size - n)] + [(0, 0)] * (np.ndim(a) - 1)
         return jnp.pad(a, widths) if isinstance(a, jax.Array) else np.pad(a, widths)
 
@@ -125,9 +124,23 @@ def global_batch(batch: Any, sharding: jax.sharding.Sharding) -> Any:
     if jax.process_count() > 1:
         _agree(batch)
     _shapes("global_batch", batch)
-    return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch
-    )
+
+    def whole(a):
+        if _is_key(a):
+            return _wrapped(whole(jax.random.key_data(a)), a)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(a))
+
+    return jax.tree.map(whole, batch)
+
+
+def _is_key(a: Any) -> bool:
+    """Whether an array is one of keys of ``jax.random``."""
+    return isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+
+
+def _wrapped(data: jax.Array, like: jax.Array) -> jax.Array:
+    """The keys that their data is of."""
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
 
 
 def _agree(batch: Any) -> None:

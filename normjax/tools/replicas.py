@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,8 @@ def checksum(tree: Any) -> jax.Array:
     2**32 does not.
 
     Args:
-      tree: arrays of any dtype; keys of ``jax.random`` among them.
+      tree: arrays of any dtype; keys of ``jax.random`` among them, and arrays of NumPy
+        that are wider than those of JAX.
 
     Returns:
       uint32, ``[number of arrays]``, in the order of ``jax.tree.leaves``.
@@ -78,9 +79,19 @@ def _mixed(words: jax.Array) -> jax.Array:
     return words ^ (words >> 16)
 
 
-def _words(a: jax.Array) -> jax.Array:
+def _unrounded(a: Any) -> Any:
+    """An array of NumPy that would lose digits as one of JAX, as words of 32 bits."""
+    if isinstance(a, jax.Array):
+        return a
+    a = np.asarray(a)
+    if jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype:
+        return a
+    return np.ascontiguousarray(a[..., None]).view(np.uint32)
+
+
+def _words(a: Any) -> jax.Array:
     """The bits of an array, as words of 32."""
-    a = jnp.asarray(a)
+    a = jnp.asarray(_unrounded(a))
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a = jax.random.key_data(a)
     if jnp.iscomplexobj(a):
@@ -170,7 +181,7 @@ def _of_stacked(paths: list, arrays: list) -> np.ndarray:
         )
     if (0,) in sizes.values():
         return np.zeros((0, len(arrays)), np.uint32)
-    sums = _checksums(arrays)
+    sums = _checksums([_unrounded(a) for a in arrays])
     if jax.process_count() == 1:
         return np.asarray(sums)
     from jax.experimental import multihost_utils
@@ -267,8 +278,9 @@ def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
 
     Args:
       statistics: a tree of mappings, lists and tuples, in which a ``mean`` stands
-        beside a ``var``, such as ``batch_stats``. Of a ``count`` beside them, of
-        updates, all get the largest; what else it holds stays as it is.
+        beside a ``var``, such as ``batch_stats``, or the state of nnx modules. Of a
+        ``count`` beside them, of updates, all get the largest; what else it holds
+        stays as it is.
       axis_name: device axes, one or several, that the replicas lie along, within
         ``pmap`` or ``shard_map``. None: along the first axis of the arrays.
 
@@ -277,7 +289,8 @@ def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
 
     Raises:
       TypeError: if a mean or a var is of integers.
-      ValueError: if there is no mean beside a var, or their shapes differ.
+      ValueError: if there is no mean beside a var, or if their shapes or numbers of
+        replicas differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -290,66 +303,90 @@ def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
     name = "merge_replicas"
     if axis_name is not None:
         axis_name, _ = _check.devices(name, axis_name, None)
-    merged = _merged(name, statistics, axis_name, ())
-    if merged is None:
+    leaves, structure = jax.tree.flatten(statistics)
+    norms = list(_norms(jax.tree.unflatten(structure, range(len(leaves))), ()))
+    if not norms:
         raise _check.error(
             ValueError,
             name,
             "statistics must have a mean beside a var somewhere",
-            f"a tree of {jax.tree.structure(statistics)}",
+            f"a tree of {structure}",
             "Pass variables['batch_stats'], say",
         )
-    return merged
+    found = [
+        (path, {k: jnp.asarray(leaves[place]) for k, place in places.items()})
+        for path, places in norms
+    ]
+    for path, norm in found:
+        _check_norm(name, path, norm, axis_name)
+    sizes = {
+        _joined((*p, k)): a.shape[:1] for p, norm in found for k, a in norm.items()
+    }
+    if axis_name is None and len(set(sizes.values())) > 1:
+        raise _check.error(
+            ValueError,
+            name,
+            "all statistics must have as many replicas along their first axis",
+            ", ".join(f"{n} in {path}" for path, n in sizes.items()),
+            "Pass the statistics of all replicas, stacked, and nothing else",
+        )
+    for (_, places), (_, norm) in zip(norms, found, strict=True):
+        for key, merged in _one(norm, axis_name).items():
+            leaves[places[key]] = merged
+    return jax.tree.unflatten(structure, leaves)
 
 
-def _merged(name: str, tree: Any, axis_name: Any, path: tuple) -> Any:
-    """The tree with its statistics merged; None where it has none."""
+def _norms(tree: Any, path: tuple) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """The path of each mean beside a var in a tree, and its leaves there by name."""
     if isinstance(tree, list | tuple):
-        items = [_merged(name, v, axis_name, (*path, i)) for i, v in enumerate(tree)]
-        if all(item is None for item in items):
-            return None
-        whole = [o if m is None else m for m, o in zip(items, tree, strict=True)]
-        make: Any = getattr(type(tree), "_make", type(tree))  # of a NamedTuple
-        return make(whole)
-    if not isinstance(tree, Mapping):
-        return None
-    parts = {k: _merged(name, v, axis_name, (*path, k)) for k, v in tree.items()}
-    found = {k: v for k, v in parts.items() if v is not None}
-    if "mean" in tree and "var" in tree and not isinstance(tree["mean"], Mapping):
-        mean, var = jnp.asarray(tree["mean"]), jnp.asarray(tree["var"])
-        if not all(jnp.issubdtype(a.dtype, jnp.inexact) for a in (mean, var)):
-            raise _check.error(
-                TypeError,
-                name,
-                "mean and var must be floating",
-                f"{_joined(path)}: mean of {mean.dtype}, var of {var.dtype}",
-                "Pass statistics as a norm keeps them",
-            )
-        if mean.shape != var.shape or (axis_name is None and not mean.ndim):
-            raise _check.error(
-                ValueError,
-                name,
-                "mean and var must have one shape, with the replicas first where there"
-                " is no axis_name",
-                f"{_joined(path)}: mean of shape {mean.shape},"
-                f" var of shape {var.shape}",
-                "Pass the statistics of one model, of all its replicas",
-            )
-        found |= _one(mean, var, axis_name)
-        if "count" in tree:
-            found["count"] = _largest(tree["count"], axis_name)
-    if not found:
-        return None
-    same_kind: Any = type(tree)
-    return same_kind({**tree, **found})
+        items: Any = enumerate(tree)
+    elif isinstance(tree, Mapping):
+        items = tree.items()
+        # A leaf may be in a box, of nnx or of linen's metadata.
+        leaves = {
+            k: jax.tree.leaves(tree[k])
+            for k in ("mean", "var", "count")
+            if k in tree and not isinstance(tree[k], Mapping)
+        }
+        of_one = {k: found[0] for k, found in leaves.items() if len(found) == 1}
+        if "mean" in of_one and "var" in of_one:
+            yield path, of_one
+    else:
+        return
+    for key, branch in items:
+        yield from _norms(branch, (*path, key))
+
+
+def _check_norm(name: str, path: tuple, norm: dict, axis_name: Any) -> None:
+    """Refuses a mean and a var that are not those of one norm."""
+    mean, var = norm["mean"], norm["var"]
+    if not all(jnp.issubdtype(a.dtype, jnp.inexact) for a in (mean, var)):
+        raise _check.error(
+            TypeError,
+            name,
+            "mean and var must be floating",
+            f"{_joined(path)}: mean of {mean.dtype}, var of {var.dtype}",
+            "Pass statistics as a norm keeps them",
+        )
+    if mean.shape != var.shape or (axis_name is None and not mean.ndim):
+        raise _check.error(
+            ValueError,
+            name,
+            "mean and var must have one shape, with the replicas first where there is"
+            " no axis_name",
+            f"{_joined(path)}: mean of shape {mean.shape}, var of shape {var.shape}",
+            "Pass the statistics of one model, of all its replicas",
+        )
 
 
 def _joined(path: tuple) -> str:
     return "/".join(map(str, path)) or "the tree"
 
 
-def _one(mean: jax.Array, var: jax.Array, axis_name: Any) -> dict[str, jax.Array]:
-    dtype = _moments.statistics_dtype(var)
+def _one(norm: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
+    """The statistics of one norm, merged."""
+    mean, var = norm["mean"], norm["var"]
+    dtype = _moments.statistics_dtype(mean, var.dtype)
     m = Moments(
         jnp.ones(var.shape, dtype), _moments.widened(mean, dtype), var.astype(dtype)
     )
@@ -357,15 +394,17 @@ def _one(mean: jax.Array, var: jax.Array, axis_name: Any) -> dict[str, jax.Array
         m = _moments.merge(m, 0)
     else:
         m = _moments.across_devices(m, Reduction((), names=axis_name), even=True)
-    return {
+    merged = {
         "mean": jnp.broadcast_to(m.mean + m.rest, mean.shape).astype(mean.dtype),
         "var": jnp.broadcast_to(m.var, var.shape).astype(var.dtype),
     }
+    if "count" in norm:
+        merged["count"] = _largest(norm["count"], axis_name)
+    return merged
 
 
-def _largest(count: Any, axis_name: Any) -> jax.Array:
+def _largest(count: jax.Array, axis_name: Any) -> jax.Array:
     """The largest of the counts of all replicas, for each of them."""
-    count = jnp.asarray(count)
     if axis_name is not None:
         return lax.pmax(count, axis_name)
     return jnp.broadcast_to(count.max(0, keepdims=True), count.shape)
