@@ -18,6 +18,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import normjax
 from normjax import linen, tools
 
 WAYS = ("jit", "shard_map", "pmap")
@@ -179,6 +180,19 @@ def disagree(process):
     return "\n".join(told)
 
 
+def outside_of_jit(process):
+    """What a process gets of keys, and of moments of a batch with weights."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    local = jax.local_device_count()
+    keys = jax.random.split(jax.random.key(process), local)
+    own = {"key": keys, "x": process + jnp.ones((local, 1)), "weight": jnp.ones(local)}
+    batch = tools.global_batch(own, NamedSharding(mesh, P("data")))
+    shards = [s.data for s in batch["key"].addressable_shards]
+    assert all((a == b).all() for a, b in zip(shards, keys[:, None], strict=True))
+    m = normjax.moments(batch["x"], 0, where=batch["weight"][:, None])
+    return f"{float(m.count[0, 0])} of mean {float(m.mean[0, 0])}"
+
+
 def flat(tree):
     """A tree as a dictionary of arrays, as np.savez wants it."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -199,8 +213,8 @@ def main() -> None:
                 f"{out}/{way}-{dtype}-{process}.npz",
                 **flat(together(way, process, processes, dtype)),
             )
-    pathlib.Path(f"{out}/drifting-{process}.txt").write_text(drifting(process))
-    pathlib.Path(f"{out}/disagree-{process}.txt").write_text(disagree(process))
+    for tell in (drifting, disagree, outside_of_jit):
+        pathlib.Path(f"{out}/{tell.__name__}-{process}.txt").write_text(tell(process))
     print("done", flush=True)
 
 

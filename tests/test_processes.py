@@ -95,3 +95,10 @@ def test_processes_that_disagree_about_arrays_are_told_so_all_of_them(trained):
             " ['x'] on process 1. Pad each batch with pad_batch, to one size on all of"
             " them."
         )
+
+
+def test_keys_and_weights_of_all_processes_need_no_jit(trained):
+    processes, out = trained
+    told = {2: "4.0 of mean 1.5", 4: "4.0 of mean 2.5"}[processes]
+    for i in range(processes):
+        assert (out / f"outside_of_jit-{i}.txt").read_text() == told
