@@ -1,6 +1,5 @@
 """Any mesh: data and model axes, features, space and parameters sharded over them."""
 
-import contextlib
 import functools
 import math
 import re
@@ -204,40 +203,44 @@ def test_masks_and_gradients_by_name_with_the_features_over_the_other(kind, ghos
 @pytest.mark.usefixtures("float64")
 def test_an_axis_of_size_1_lies_over_an_explicit_mesh_as_it_did():
     """Over a mesh axis of one device, as in a trial run: so do y and its gradients."""
-    norms = tuple(NORMS)
+    norms = ("batch", "layer")
     x, scale, bias = arguments()
     x = x[:, :1]
-    want = jitted(norms, x, scale, bias)
+    scale = scale * jnp.ones_like(x)  # of the rank of x, and lies as x does
+    want = jax.tree.map(np.asarray, jitted(norms, x, scale, bias))
     devices = mesh((8, 1), ("data", "model"), AxisType.Explicit)
+    lies = NamedSharding(devices, P("data", "model"))
     with jax.set_mesh(devices):
-        placed = jax.device_put(x, NamedSharding(devices, P("data", "model")))
-        got = jitted(norms, placed, scale, bias)
-        for y, dx, *_ in got.values():
-            assert jax.typeof(y) == jax.typeof(dx) == jax.typeof(placed)
-        ones = jnp.ones_like(placed)  # a scale of the rank of x, that lies as x does
-        dscale = jax.grad(lambda s: normjax.layer_norm(placed, s).sum())(ones)
-        assert jax.typeof(dscale) == jax.typeof(placed)
-    assert_close(*jax.tree.map(np.asarray, (got, want)), math.prod(x.shape))
+        x, scale = jax.device_put((x, scale), lies)
+        got = jitted(norms, x, scale, bias)
+        for y, dx, dscale, _ in got.values():
+            assert (
+                jax.typeof(y) == jax.typeof(dx) == jax.typeof(dscale) == jax.typeof(x)
+            )
+    assert_close(jax.tree.map(np.asarray, got), want, math.prod(x.shape))
 
 
 @pytest.mark.usefixtures("float64")
 def test_no_mesh_needs_to_be_in_use_for_arrays_that_lie_on_an_explicit_one():
-    norms = tuple(NORMS)
-    devices = mesh(*MESH, AxisType.Explicit)
-    lies = NamedSharding(devices, P("data", None, None, "model"))
     x, scale, bias = arguments()
-    got = jitted(norms, jax.device_put(x, lies), scale, bias)
-    want = jitted(norms, x, scale, bias)
+    want = jitted(tuple(NORMS), x, scale, bias)["group"]
+    devices = mesh(*MESH, AxisType.Explicit)
+    placed = jax.device_put(x, NamedSharding(devices, P("data", None, None, "model")))
+    got = jitted(("group",), placed, scale, bias)["group"]
     assert_close(*jax.tree.map(np.asarray, (got, want)), math.prod(SHAPE))
+    m = normjax.moments(placed, 0, where=jnp.ones((8, 1, 1, 1), bool))
+    assert m.count.sharding == m.mean.sharding
+    alone = normjax.moments(x, 0)
+    assert_close(*jax.tree.map(np.asarray, (m.var, alone.var)), len(x))
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("in_use", [True, False])
-def test_moments_merge_over_an_explicit_mesh(in_use):
+def test_moments_merge_over_an_explicit_mesh():
     """A stream that starts with nothing, of batches with a mask and without."""
-    x = arguments()[0].reshape(4, -1, 8)
+    x = arguments()[0].reshape(2, -1, 8)
     where = jnp.arange(x.shape[1])[:, None] < 9
 
+    @jax.jit
     def stream(batches, start):
         def step(m, x):
             m = m.merge(normjax.moments(x, 0))
@@ -246,53 +249,56 @@ def test_moments_merge_over_an_explicit_mesh(in_use):
         return lax.scan(step, start, batches)[0]
 
     empty = normjax.Moments.empty((1, 8), jnp.float64)
-    want = stream(x, empty)
+    want = jax.tree.map(np.asarray, stream(x, empty))
     devices = mesh((8,), ("model",), AxisType.Explicit)
-    of_features = NamedSharding(devices, P(None, "model"))
-    with jax.set_mesh(devices) if in_use else contextlib.nullcontext():
-        placed = jax.device_put(x, NamedSharding(devices, P(None, None, "model")))
-        lying = stream(placed, jax.device_put(empty, of_features))
-        assert lying.count.sharding.spec == lying.rest.sharding.spec == of_features.spec
-        one = normjax.moments(placed[0], 0)
-        assert one.count.sharding == one.mean.sharding
-        found = [lying, empty.merge(lying)]
-        if in_use:  # else it does not lie on the mesh that it would be carried over
-            found.append(stream(placed, normjax.Moments.empty((1, 8), jnp.float64)))
-    for got in found:
-        assert_close(*jax.tree.map(np.asarray, (got, want)), x.size)
+    with jax.set_mesh(devices):
+        x = jax.device_put(x, NamedSharding(devices, P(None, None, "model")))
+        lying = jax.device_put(empty, NamedSharding(devices, P(None, "model")))
+        for start in (jax.device_put(empty, P()), lying):
+            got = stream(x, start)
+            assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, start)
+            assert_close(jax.tree.map(np.asarray, got), want, x.size)
+
+
+SUB_GROUPS = [((0, 2), (3, 1)), ((0,), (3, 1, 2))]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def gradient_of_groups(x, groups):
+    """As if the devices of each group, a fourth of the batch each, were alone."""
+
+    def loss(x):
+        parts = x.reshape(4, 2, *SHAPE[1:])
+        of_groups = [
+            normjax.batch_norm(jnp.concatenate([parts[i] for i in group]))[0]
+            for group in groups
+        ]
+        return sum(jnp.sin(y).sum() for y in of_groups)
+
+    return jax.grad(loss)(x)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("groups", [[[0, 2], [3, 1]], [[0], [3, 1, 2]]])
+@pytest.mark.parametrize("groups", SUB_GROUPS)
 def test_sub_groups_by_name_with_the_features_over_the_other(groups, kind):
     x = arguments()[0]
+    want = np.asarray(gradient_of_groups(x, groups))
 
-    def gradient(norm, x):
-        return jax.grad(lambda x: jnp.sin(norm(x)).sum())(x)
+    def local(x):
+        def loss(x):
+            y, _ = normjax.batch_norm(x, axis_name="data", axis_index_groups=groups)
+            return jnp.sin(y).sum()
 
-    def apart(x):
-        pieces = x.reshape(4, 2, *SHAPE[1:])
-        y = jnp.zeros_like(pieces)
-        for group in map(jnp.asarray, groups):
-            of_group = normjax.batch_norm(pieces[group].reshape(-1, *SHAPE[1:]))[0]
-            y = y.at[group].set(of_group.reshape(-1, 2, *SHAPE[1:]))
-        return y.reshape(SHAPE)
+        return jax.grad(loss)(x)
 
     devices = mesh(*MESH, kind)
     with jax.set_mesh(devices):
-        split = jax.shard_map(
-            lambda x: normjax.batch_norm(x, axis_name="data", axis_index_groups=groups)[
-                0
-            ],
-            in_specs=P("data"),
-            out_specs=P("data"),
-            axis_names={"data"},
-        )
+        data = P("data")
+        split = jax.shard_map(local, in_specs=data, out_specs=data, axis_names={"data"})
         lies = NamedSharding(devices, P("data", None, None, "model"))
-        got = jax.jit(functools.partial(gradient, split))(jax.device_put(x, lies))
-    want = gradient(apart, x)
-    assert_close(*jax.tree.map(np.asarray, (got, want)), math.prod(SHAPE))
+        got = np.asarray(jax.jit(split)(jax.device_put(x, lies)))
+    assert_close(got, want, math.prod(SHAPE))
 
 
 @pytest.mark.usefixtures("float64")
@@ -347,6 +353,7 @@ def test_a_mesh_axis_that_shard_map_leaves_to_the_compiler_is_named():
 def test_an_axis_of_vmap_where_shard_map_checks_what_varies_is_refused():
     x, *_ = arguments()
 
+    @functools.partial(jax.jit, static_argnums=1)
     def forward(x, check_vma):
         def norm(x):
             return normjax.batch_norm(x, axis_name=("data", "micro"))[0]
