@@ -176,7 +176,10 @@ def restore(manager: ocp.CheckpointManager, state: dict) -> tuple[dict, list]:
 
 
 def differs(manager: ocp.CheckpointManager, step: int, state: dict) -> str:
-    """Says in which array first a checkpoint is of another model; empty if in none."""
+    """Says in which array first a checkpoint is of another model; empty if in none.
+
+    Or why it cannot be asked, where what it says of itself is cut off too.
+    """
 
     def shapes(tree):  # of named tuples the checkpoint has the names alone
         found = jax.tree_util.tree_leaves_with_path(tree)

@@ -156,15 +156,15 @@ def join_groups(
     return a.reshape([shape[x] for x in order]).transpose(inverse)
 
 
-def sharded_like(where: jax.Array, x: jax.Array) -> jax.Array:
-    """Lays a mask or weights over the devices as x lies.
+def sharded_like(a: jax.Array, x: jax.Array) -> jax.Array:
+    """Lays an array that broadcasts to x, a mask, say, over the devices as x lies.
 
-    On an explicit mesh a select needs it.
+    On an explicit mesh a select needs it, and so does a stack.
     """
     sharding = _explicit(x)
     if sharding is None:
-        return where
-    return jax.sharding.reshard(jnp.broadcast_to(where, x.shape), sharding)
+        return a
+    return jax.sharding.reshard(jnp.broadcast_to(a, x.shape), sharding)
 
 
 def _explicit(a: jax.Array) -> Any:

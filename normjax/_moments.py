@@ -289,7 +289,7 @@ def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Mom
     devices into one batch.
     """
     m = _local(x, where, r, dtype)
-    m = laid_like(m, m.mean)
+    m = laid_like(m, m.mean)  # a count without a mask lies nowhere yet
     if r.group_axes:
         members = jax.tree.map(
             lambda a: _axes.split_groups(a, r.group_axes, r.num_groups), m
@@ -594,10 +594,10 @@ def moments(
       `Moments` of the shape of ``x`` with the reduced axes of size 1.
 
     Raises:
-      TypeError: if ``x`` or ``where`` is an integer.
+      TypeError: if ``x`` or ``where`` is an integer, or an axis name is no name.
       ValueError: if an axis is out of range or given twice, ``where`` does not
-        broadcast or has one axis less than ``x``, a weight is negative, an axis name is
-        not bound, or groups do not divide the devices.
+        broadcast or has one axis less than ``x``, a weight is negative or not finite,
+        an axis name is not bound, or groups do not divide the devices.
 
     Example:
       >>> import jax.numpy as jnp, normjax

@@ -350,23 +350,29 @@ def test_replicas_merge_in_the_wider_dtype_of_mean_and_var():
 BAD = [
     (
         lambda: tools.merge_replicas({**statistics()[0], "count": jnp.arange(4.0)}),
-        "merge_replicas: all statistics must have as many replicas along their first"
-        " axis. Got (8,) in mean, (8,) in var, (4,) in count. Pass the statistics of all"
-        " replicas, stacked, and nothing else.",
+        "merge_replicas: stacked arrays must have as many replicas along their first"
+        " axis. Got (8,) in mean, (8,) in var, (4,) in count. Pass the trees of pmap"
+        " whole, and nothing else.",
     ),
     (
         lambda: tools.merge_replicas({"a": {**statistics()[0], "count": 3}}),
-        "merge_replicas: all statistics must have as many replicas along their first"
-        " axis. Got (8,) in a/mean, (8,) in a/var, () in a/count. Pass the statistics of"
-        " all replicas, stacked, and nothing else.",
+        "merge_replicas: stacked arrays must have as many replicas along their first"
+        " axis. Got (8,) in a/mean, (8,) in a/var, () in a/count. Pass the trees of pmap"
+        " whole, and nothing else.",
     ),
     (
         lambda: tools.merge_replicas(
             [statistics()[0], {k: a[:4] for k, a in statistics()[0].items()}]
         ),
-        "merge_replicas: all statistics must have as many replicas along their first"
+        "merge_replicas: stacked arrays must have as many replicas along their first"
         " axis. Got (8,) in 0/mean, (8,) in 0/var, (4,) in 1/mean, (4,) in 1/var. Pass"
-        " the statistics of all replicas, stacked, and nothing else.",
+        " the trees of pmap whole, and nothing else.",
+    ),
+    (
+        lambda: tools.merge_replicas({"mean": jnp.float32(0), "var": jnp.float32(1)}),
+        "merge_replicas: stacked arrays must have as many replicas along their first"
+        " axis. Got () in mean, () in var. Pass the trees of pmap whole, and nothing"
+        " else.",
     ),
     (
         lambda: tools.find_drift(placed(A, P(("d", "m")))),

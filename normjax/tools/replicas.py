@@ -170,16 +170,8 @@ def find_drift(tree: Any, *, stacked: bool = False) -> list[Drift]:
 
 def _of_stacked(paths: list, arrays: list) -> np.ndarray:
     """The checksums of all replicas, those of other processes among them."""
-    sizes = {p: np.shape(a)[:1] for p, a in zip(paths, arrays, strict=True)}
-    if len(set(sizes.values())) > 1 or () in sizes.values():
-        raise _check.error(
-            ValueError,
-            "find_drift",
-            "stacked arrays must have as many replicas along their first axis",
-            ", ".join(f"{n} in {p}" for p, n in sizes.items()),
-            "Pass the trees of pmap whole, and nothing else",
-        )
-    if (0,) in sizes.values():
+    _check_stacked("find_drift", dict(zip(paths, arrays, strict=True)))
+    if not len(arrays[0]):
         return np.zeros((0, len(arrays)), np.uint32)
     sums = _checksums([_unrounded(a) for a in arrays])
     if jax.process_count() == 1:
@@ -187,6 +179,19 @@ def _of_stacked(paths: list, arrays: list) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(sums, tiled=True))
+
+
+def _check_stacked(name: str, arrays: dict[str, Any]) -> None:
+    """Refuses arrays, by path, that differ in how many replicas they are of."""
+    sizes = {path: np.shape(a)[:1] for path, a in arrays.items()}
+    if len(set(sizes.values())) > 1 or () in sizes.values():
+        raise _check.error(
+            ValueError,
+            name,
+            "stacked arrays must have as many replicas along their first axis",
+            ", ".join(f"{n} in {path}" for path, n in sizes.items()),
+            "Pass the trees of pmap whole, and nothing else",
+        )
 
 
 _checksums = jax.jit(jax.vmap(checksum))
@@ -318,18 +323,10 @@ def merge_replicas(statistics: Any, axis_name: Any = None) -> Any:
         for path, places in norms
     ]
     for path, norm in found:
-        _check_norm(name, path, norm, axis_name)
-    sizes = {
-        _joined((*p, k)): a.shape[:1] for p, norm in found for k, a in norm.items()
-    }
-    if axis_name is None and len(set(sizes.values())) > 1:
-        raise _check.error(
-            ValueError,
-            name,
-            "all statistics must have as many replicas along their first axis",
-            ", ".join(f"{n} in {path}" for path, n in sizes.items()),
-            "Pass the statistics of all replicas, stacked, and nothing else",
-        )
+        _check_norm(name, path, norm)
+    if axis_name is None:
+        of_all = {_joined((*p, k)): a for p, norm in found for k, a in norm.items()}
+        _check_stacked(name, of_all)
     for (_, places), (_, norm) in zip(norms, found, strict=True):
         for key, merged in _one(norm, axis_name).items():
             leaves[places[key]] = merged
@@ -357,7 +354,7 @@ def _norms(tree: Any, path: tuple) -> Iterator[tuple[tuple, dict[str, Any]]]:
         yield from _norms(branch, (*path, key))
 
 
-def _check_norm(name: str, path: tuple, norm: dict, axis_name: Any) -> None:
+def _check_norm(name: str, path: tuple, norm: dict) -> None:
     """Refuses a mean and a var that are not those of one norm."""
     mean, var = norm["mean"], norm["var"]
     if not all(jnp.issubdtype(a.dtype, jnp.inexact) for a in (mean, var)):
@@ -368,7 +365,7 @@ def _check_norm(name: str, path: tuple, norm: dict, axis_name: Any) -> None:
             f"{_joined(path)}: mean of {mean.dtype}, var of {var.dtype}",
             "Pass statistics as a norm keeps them",
         )
-    if mean.shape != var.shape or (axis_name is None and not mean.ndim):
+    if mean.shape != var.shape:
         raise _check.error(
             ValueError,
             name,
