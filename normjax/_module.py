@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _axes, _check, _norms
-from normjax._moments import Moments
+from normjax._moments import Moments, unbiased
 from normjax._running import blend
 
 
@@ -240,8 +240,8 @@ def update(module: Any, old: Statistics, m: Moments, momentum: Any) -> Statistic
     var, measured = m.var, m.count
     if module.running_variance == "unbiased":
         # Of a single value there is none, and what it would update stays as it is.
-        measured = jnp.maximum(m.count - 1, 0)
-        var = var * (m.count / jnp.where(measured > 0, measured, 1))
+        var, there = unbiased(m)
+        measured = m.count * there.astype(m.count.dtype)
     return Statistics(
         blend(old.mean, m.mean, momentum, m.count),
         blend(old.var, var, momentum, measured),

@@ -26,14 +26,17 @@ ONE_ALL_REDUCE_BYTES = 1024 * 1024
 # their sums exactly far beyond its 2**24.
 _LIMB = 4096
 
+# A unit in which no sum of up to 2**31 values overflows.
+_SUMMED = 2.0**-32
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """How many values there were, their mean, and their mean squared distance from it.
 
-    ``var`` is the biased variance, ``sum(|x - mean|**2) / count``; the unbiased one is
-    ``var * count / (count - 1)``. Uncentered moments (`rms_norm`) have mean 0 and
+    ``var`` is the biased variance, ``sum(|x - mean|**2) / count``; see `unbiased_var`
+    for the unbiased one. Uncentered moments (`rms_norm`) have mean 0 and
     ``var = sum(|x|**2) / count``. Where nothing was counted, count is 0, mean 0, var 1.
     With weights, every sum is weighted, and count is the sum of the weights. A variance
     that the dtype cannot hold, of float32 values more than 1.8e19 apart, is inf.
@@ -49,7 +52,7 @@ class Moments:
       var_rest: what the dtype of ``var`` could not hold, so that a long stream does not
         drift.
       squares: the sum of the squared weights, which is ``count`` where all weights are
-        1. If None, ``count``. `unbiased` needs it.
+        1. If None, ``count``. The unbiased variance needs it.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -64,10 +67,10 @@ class Moments:
     count: jax.Array
     mean: jax.Array
     var: jax.Array
-    carry: jax.Array | float = 0.0
-    rest: jax.Array | float = 0.0
-    var_rest: jax.Array | float = 0.0
-    squares: jax.Array | None = None
+    carry: Any = 0.0
+    rest: Any = 0.0
+    var_rest: Any = 0.0
+    squares: Any = None
 
     def __post_init__(self):
         # Left out, they become arrays like the others, so that moments built by hand
@@ -106,6 +109,23 @@ class Moments:
     def shape(self) -> tuple[int, ...]:
         """The shape of the mean."""
         return jnp.shape(self.mean)
+
+    @property
+    def unbiased_var(self) -> jax.Array:
+        """The unbiased variance, NaN of fewer values than two.
+
+        ``var * n / (n - 1)`` with ``n = sum(w)**2 / sum(w**2)``, the count where all
+        weights are alike: the form for reliability weights, which does not depend on
+        their scale
+        (https://en.wikipedia.org/wiki/Weighted_arithmetic_mean#Reliability_weights).
+
+        Example:
+          >>> import jax.numpy as jnp, normjax
+          >>> normjax.moments(jnp.array([1.0, 2.0, 6.0]), 0).unbiased_var
+          Array([7.], dtype=float32)
+        """
+        var, there = unbiased(self)
+        return jnp.where(there, var, jnp.full_like(var, jnp.nan))
 
     def merge(self, other: "Moments") -> "Moments":
         """Returns the moments of both sets of values together.
@@ -169,6 +189,16 @@ def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _first(m: Moments) -> Moments:
     return jax.tree.map(lambda a: a[0], m)
+
+
+def unbiased(m: Moments) -> tuple[jax.Array, jax.Array]:
+    """The unbiased variance, and where there is one; elsewhere it is the biased one.
+
+    Of fewer than 1.001 values by weight, rounding would be most of it.
+    """
+    n = m.count * divided(m.count, m.squares)
+    there = n > 1.001
+    return m.var * jnp.where(there, n / jnp.where(there, n - 1, n), 1), there
 
 
 class Reduction(NamedTuple):
@@ -316,19 +346,27 @@ def unit_of(var: jax.Array) -> jax.Array:
     return jnp.where(var < 0, small, jnp.ones_like(var))
 
 
+def times_square(a: jax.Array, factor: jax.Array) -> jax.Array:
+    """``a * factor**2``, where the dtype cannot hold the square.
+
+    XLA would multiply or divide by the square of its own accord.
+    """
+    return lax.optimization_barrier(a * factor) * factor
+
+
 def rstd_of(var: jax.Array, epsilon: float) -> jax.Array:
     """``1 / sqrt(var + epsilon)``, of values times their unit."""
     unit = unit_of(var)
     # In a small unit epsilon may be nothing, and so may the variance of constants.
     tiny = jnp.asarray(jnp.finfo(var.dtype).tiny, var.dtype)
-    epsilon = lax.max(jnp.asarray(epsilon, var.dtype) * unit * unit, tiny)
-    return lax.rsqrt(jnp.abs(var) + epsilon)
+    added_ = lax.max(jnp.asarray(epsilon, var.dtype) * unit * unit, tiny)
+    return lax.rsqrt(jnp.abs(var) + added_)
 
 
 def opened(m: Moments) -> Moments:
     """Moments for users: a variance that the dtype cannot hold is inf."""
-    inf = jnp.full_like(m.var, jnp.inf)
-    return dataclasses.replace(m, var=jnp.where(m.var < 0, inf, m.var))
+    held = times_square(-m.var, 1 / unit_of(m.var))
+    return dataclasses.replace(m, var=jnp.where(m.var < 0, held, m.var))
 
 
 def _fits(var: jax.Array) -> jax.Array:
@@ -455,9 +493,8 @@ def _in_dtype(
         squares = jnp.square(squares).sum(r.axes, keepdims=True)
     mean = rest = jnp.zeros(count.shape, x.dtype)
     if r.centered:
-        near = _near(average(scaled(x, _far_unit(dtype))))
-        # So that a sum of distances does not overflow.
-        rest = scaled(average(off(1, 2.0**-32)), 2.0**32)
+        near = _near(average(scaled(x, _SUMMED)))
+        rest = scaled(average(off(1, _SUMMED)), 1 / _SUMMED)
     var = average(squared(off(2, 1.0))) - squared(rest)
     var = lax.max(var, jnp.zeros_like(var))
     if may_overflow:
@@ -483,18 +520,13 @@ def _fixed(a: jax.Array) -> jax.Array:
     return by_parts(lambda p: lax.reduce_precision(p, info.nexp, info.nmant - 1), a)
 
 
-def _far_unit(dtype: Any) -> float:
-    """A unit in which no sum of values overflows: of float32 2**-64."""
-    return 2.0 ** -(int(jnp.finfo(dtype).maxexp) // 2)
-
-
 def _near(mean: jax.Array) -> jax.Array:
-    """A mean in `_far_unit` as a fixed one of the values: the first of two parts.
+    """A mean of values times `_SUMMED` as a fixed one of the values.
 
-    Values that vanish in that unit are in the second part, the rest.
+    The first of two parts: values that vanish in that unit are in the second, the rest.
     """
     info = jnp.finfo(mean.dtype)
-    unit = _far_unit(info.dtype)
+    unit = _SUMMED
     # Rounding must not take it beyond the dtype.
     top = float(info.max) * (1 - 4 * float(info.eps)) * unit
 
@@ -531,7 +563,7 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
             return count, jnp.zeros_like(count)
     # Of 2**31 values and more, or of as many as jax.export leaves open.
     few = isinstance(n, int) and n < 2**31
-    with jax.enable_x64(not few or jax.config.jax_enable_x64):
+    with jax.enable_x64(not few or jax.config.read("jax_enable_x64")):
         if where is None:
             total = jnp.broadcast_to(jnp.asarray(n), shape)
         else:
@@ -584,6 +616,7 @@ def _merged(m: Moments, axis: int) -> Moments:
     # and what is added to it is small, so that a long stream does not drift.
     within = (share * var).sum(axis, keepdims=True)
     more = ((var - within) + var_rest) + squared(off - rest)
+    more = jnp.where(jnp.isinf(within), jnp.zeros_like(more), more)
     var, var_rest = _exact_sum(within, (share * more).sum(axis, keepdims=True))
     var, var_rest = _from_unit(var, var_rest, unit)
     var = var + (count == 0).astype(var.dtype)
@@ -610,16 +643,18 @@ def unit_in(m: Moments, axis: int) -> jax.Array:
 
 def _in_unit(m: Moments, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The variance, and what its dtype could not hold, of values times a unit."""
-    var = jnp.where(m.var < 0, -m.var, m.var * unit * unit)
-    return var, m.var_rest * unit * unit
+    var = jnp.where(m.var < 0, -m.var, times_square(m.var, unit))
+    return var, times_square(m.var_rest, unit)
 
 
 def _from_unit(var, var_rest, unit) -> tuple[jax.Array, jax.Array]:
     """Undoes `_in_unit`, as `unit_of` says."""
     var = jnp.where(var < 0, jnp.zeros_like(var), var)  # of rounding alone
-    plain = var / unit / unit
+    plain = times_square(var, 1 / unit)
     held = jnp.where(unit < 1, _held(plain, var), plain)
-    var_rest = jnp.where(held < 0, jnp.zeros_like(var), var_rest / unit / unit)
+    var_rest = jnp.where(
+        held < 0, jnp.zeros_like(var), times_square(var_rest, 1 / unit)
+    )
     return held, var_rest
 
 
@@ -682,14 +717,13 @@ def _across_devices_uncentered(m: Moments, r: Reduction, counts: str) -> Moments
 
 def _across_devices_twice(m: Moments, r: Reduction, counts: str) -> Moments:
     """`across_devices` for large moments: first means, then distances from them."""
-    far_unit = _far_unit(m.var.dtype)
-    terms = [product(m.count, scaled(m.mean, far_unit)), beyond(m).astype(m.var.dtype)]
+    terms = [product(m.count, scaled(m.mean, _SUMMED)), beyond(m).astype(m.var.dtype)]
     (total, far), count, carry, squares = _sums(terms, m, r, counts)
     near = _near(divided(total, count))
     small = jnp.full_like(m.var, _small_unit(m.var.dtype))
     unit = jnp.where(far > 0, small, jnp.ones_like(small))
-    off = [product(unit, a) for a in (m.mean, near, m.rest)]
-    off = (off[0] - off[1]) + off[2]
+    parts = [product(unit, a) for a in (m.mean, near, m.rest)]
+    off = (parts[0] - parts[1]) + parts[2]
     var = _in_unit(m, unit)[0]
     terms = [product(m.count, off), m.count * (var + squared(off))]
     rest, spread = (divided(a, count) for a in _added_up(terms, r))
@@ -815,7 +849,9 @@ def average(terms: list, count: jax.Array, r: Reduction) -> list:
     return [divided(t, count) for t in terms]
 
 
-class Kept(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
     """What derivatives need of moments, and so what is kept for a backward pass."""
 
     count: jax.Array
@@ -899,8 +935,8 @@ def moments_dot(m: Moments, mean_dot, count_dot, squares_dot, var_dot) -> Moment
     count_dot, squares_dot = (
         jnp.zeros_like(m.count) if a is None else a for a in (count_dot, squares_dot)
     )
-    zeros = [jnp.zeros_like(a) for a in (m.carry, m.rest, m.var_rest)]
-    return Moments(count_dot, mean_dot, var_dot, *zeros, squares_dot)
+    carry, rest, var_rest = (jnp.zeros_like(a) for a in (m.carry, m.rest, m.var_rest))
+    return Moments(count_dot, mean_dot, var_dot, carry, rest, var_rest, squares_dot)
 
 
 def _tangent(r, x, where, m, x_dot, where_dot):

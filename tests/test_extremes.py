@@ -1,0 +1,191 @@
+"""Values whose squares their dtype cannot hold, or hardly: every norm and context."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contexts import MAPPED
+from family import FAMILY
+
+import normjax
+from normjax import _moments
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+# Powers of two, so that the values of each are those of the first times a number.
+SIZES = {
+    "float32": [2.0**62, 2.0**63, 2.0**64, 2.0**100, 2.0**124],
+    "bfloat16": [2.0**64, 2.0**124],
+    "complex64": [2.0**64, 2.0**123],
+    "float64": [2.0**511, 2.0**512, 2.0**1000, 2.0**1020],
+}
+# In which norms the other dtypes are looked at too: each compiles anew.
+WIDER = [("layer", "plain"), ("group", "weighted")]
+
+
+def data(dtype, shape=(3, 8, 4, 6), seed=0):
+    """Values up to 8 in each dtype, with room for the largest sizes above."""
+    x = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * 1.5 + 0.5
+    x = jnp.clip(x, -7, 7).astype(jnp.bfloat16)
+    if dtype == "complex64":
+        return jax.lax.complex(x.astype(jnp.float32), x[::-1].astype(jnp.float32))
+    return x.astype(dtype)
+
+
+def masks(kind, shape=(3, 8, 1, 6)):
+    if kind == "plain":
+        return None
+    where = jax.random.bernoulli(jax.random.key(3), 0.7, shape).at[:, 4].set(False)
+    return where if kind == "masked" else where.astype(jnp.float32) / 4
+
+
+def wide(a):
+    return np.asarray(a, np.complex128 if jnp.iscomplexobj(a) else np.float64)
+
+
+def close(got, want, tolerance):
+    """Each relative to the largest that is wanted."""
+    got, want = wide(got), wide(want)
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+def scaled(a, size):
+    return _moments.scaled(a, size)
+
+
+@pytest.mark.parametrize("kind", ["plain", "masked", "weighted"])
+@pytest.mark.parametrize("norm", FAMILY)
+def test_norms_of_large_values_are_those_of_small_ones(norm, kind, float64):
+    """y is the same, and the gradient of x by so much smaller, at every size."""
+    row = FAMILY[norm]
+    for dtype, sizes in SIZES.items():
+        if dtype != "float32" and (norm, kind) not in WIDER:
+            continue
+        x, where = data(dtype), masks(kind)
+        if where is not None:
+            x = jnp.where(where.astype(bool), x, jnp.full_like(x, jnp.nan))
+        info = jnp.finfo(dtype)
+        scale = jnp.linspace(0.5, 2, 6, dtype=info.dtype)
+
+        @jax.jit
+        def both(x, scale=scale, where=where):
+            y, pullback = jax.vjp(lambda x: row.call(x, scale, None, where), x)
+            return y, pullback(y * y)[0]
+
+        # Where epsilon is nothing beside the variance at any size.
+        start = 2.0**20
+        y, dx = both(scaled(x, start))
+        for size in sizes:
+            large, of_large = both(scaled(x, size))
+            close(large, y, 8 * float(info.eps))
+            assert np.isfinite(wide(of_large)).all()
+            if np.abs(wide(dx)).max() * start / size > float(info.tiny) / info.eps:
+                close(wide(of_large) * (size / start), dx, 100 * float(info.eps))
+
+
+@pytest.mark.parametrize("bytes_", [_moments.ONE_ALL_REDUCE_BYTES, 0])
+@pytest.mark.parametrize("norm", ["batch", "rms"])
+def test_synced_norms_of_large_values_are_those_of_the_whole(norm, bytes_, monkeypatch):
+    """With a device whose values are small, and two whose means are far apart."""
+    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", bytes_)
+    row = FAMILY[norm]
+    start, size = 2.0**20, 2.0**120
+    x = data("float32", (2, 16, 1, 6))
+    x = x.at[:, :2].multiply(2.0**-70).at[:, 2:4].add(60).at[:, 4:6].add(-60)
+    for context in MAPPED:
+        c = MAPPED[context]
+
+        @jax.jit
+        def f(x, c=c):
+            def local(x, _):
+                return row.call(x, None, None, None, c.names), jnp.zeros(())
+
+            return c.run(local, x, jnp.zeros(()))[0]
+
+        close(f(x * size), f(x * start), 1e-6)
+    jax.clear_caches()  # of what was traced with the other limit
+
+
+def test_moments_and_what_merges_are_right_up_to_the_largest_value():
+    x = data("float32", (64, 3))
+    top = float(jnp.finfo(jnp.float32).max)
+    for size in (1.0, 2.0**60, 2.0**62, 2.0**124):
+        m = normjax.moments(x * size, 0)
+        want = wide(x) * size
+        close(m.mean, want.mean(0)[None], 1e-6)
+        parts = [normjax.moments(x[i : i + 16] * size, 0) for i in range(0, 64, 16)]
+        merged = parts[0].merge(parts[1]).merge(parts[2]).merge(parts[3])
+        stacked = normjax.merge(jax.tree.map(lambda *a: jnp.stack(a), *parts), 0)
+        for other in (m, merged, jax.tree.map(lambda a: a[0], stacked)):
+            close(other.mean, want.mean(0)[None], 1e-6)
+            if size < 2.0**62:
+                close(other.var, want.var(0)[None], 2e-6)
+            elif size > 2.0**64:
+                assert (other.var == jnp.inf).all()
+        gradient = jax.grad(lambda x: normjax.moments(x, 0).var.sum())(x * size)
+        close(gradient, 2 * (want - want.mean(0)) / 64, 2e-6)
+        running = normjax.RunningMoments.init((1, 3)).update(m, momentum=0.9)
+        close(running.read().mean, want.mean(0)[None], 1e-6)
+    for value in (top, -top):
+        m = normjax.moments(jnp.full((7, 1), value), 0)
+        assert m.mean == value and m.var == 0
+        assert (normjax.layer_norm(jnp.full((1, 7), value)) == 0).all()
+    y = normjax.layer_norm(jnp.array([[top, top, top, -top]]))
+    close(y, wide([[1, 1, 1, -3]]) / 3**0.5, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("kind", ["plain", "masked", "weighted"])
+def test_sums_in_float64_and_in_units_give_the_same_moments(kind, dtype):
+    """What a CPU does and what others do, and both as float64 has it."""
+    where = masks(kind)
+    r = _moments.Reduction((0, 1, 2))
+    for size in (2.0**-50, 1.0, 2.0**50, 2.0**66, 2.0**122):
+        for shift in (0, 6):
+            x = data(dtype)
+            x = scaled(x + jnp.asarray(shift, x.dtype), size)
+            x = _moments.counted(x, where)
+            double = jax.jit(lambda x, w: _moments._in_double(x, w, r))(x, where)
+            units = jax.jit(lambda x, w: _moments._in_dtype(x, w, r, jnp.float32))(
+                x, where
+            )
+            weights = (
+                np.ones(x.shape)
+                if where is None
+                else np.broadcast_to(np.asarray(where, np.float64), x.shape)
+            )
+            n = weights.sum((0, 1, 2), keepdims=True)
+            mean = (weights * wide(x)).sum((0, 1, 2), keepdims=True) / n
+            off = np.abs(wide(x) - mean)
+            var = (weights * off**2).sum((0, 1, 2), keepdims=True) / n
+            for m in (double, units):
+                close(m.count, n, 1e-6)
+                close(m.squares, (weights**2).sum((0, 1, 2), keepdims=True), 1e-6)
+                close(wide(m.mean) + wide(m.rest), mean, 2e-7)
+                unit = wide(_moments.unit_of(m.var))
+                close(np.abs(wide(m.var)) / unit**2, var, 2e-6)
+            assert ((double.var < 0) == (units.var < 0)).all()
+
+
+def test_small_values_are_normalized_beside_epsilon():
+    """Down to the smallest normal numbers; a platform may take smaller ones for 0."""
+    x = data("float32", (4, 6))
+    for size in (1e-10, 1e-18, 1e-30, 2.0**-120):
+        small = x * jnp.float32(size)
+        want = wide(small) - wide(small).mean(-1, keepdims=True)
+        want = want / np.sqrt((want**2).mean(-1, keepdims=True) + 1e-6)
+        close(normjax.layer_norm(small, epsilon=1e-6), want, 3e-6)
+        of_rms = wide(small) / np.sqrt(
+            (wide(small) ** 2).mean(-1, keepdims=True) + 1e-6
+        )
+        close(normjax.rms_norm(small, epsilon=1e-6), of_rms, 3e-6)
+
+
+def test_a_batch_in_which_one_row_is_large_leaves_the_others_as_they_are():
+    x = data("float32", (4, 8))
+    alone = normjax.layer_norm(x)
+    beside = normjax.layer_norm(x.at[1].multiply(2.0**120))
+    np.testing.assert_array_equal(beside[2:], alone[2:])
+    bad = normjax.layer_norm(x.at[1, 0].set(jnp.inf))
+    assert jnp.isnan(bad[1]).any() and (bad[2:] == alone[2:]).all()
