@@ -117,7 +117,7 @@ class BatchNorm(nn.Module):
         statistics, so that the first update is what they are after it; exact where
         ``momentum`` is the same in all calls.
       running_variance: "biased", as in Flax, or "unbiased", as in PyTorch: whether the
-        running variance is an average of ``var`` or of ``var * count / (count - 1)``.
+        running variance is an average of ``var`` or of `Moments.unbiased_var`.
       missing_axis: what to do where ``axis_name`` is bound nowhere: "raise", or
         "ignore" it, so that one model serves one device and many.
       mask_is_weight: whether ``mask`` is the weight with which each value counts,

@@ -165,6 +165,73 @@ def test_count_of_weights_is_their_sum():
     np.testing.assert_allclose(merged.var, m.var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("split", [[16], [1, 5, 10], [1] * 16])
+def test_unbiased_variance_of_weights_ignores_their_scale(split):
+    """That of reliability weights, and n / (n - 1) where all are alike."""
+    x, w = normal((16, 3)) * 3 + 2, jax.nn.softmax(normal((16, 1), 5))
+    wide, v = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    off = wide - (v * wide).sum(0) / v.sum()
+    total = v.sum() - (v**2).sum() / v.sum()
+    want = (v * off**2).sum(0) / total
+    for scale in (1.0, 1e-6, 1e6):
+        edges = np.cumsum([0, *split])
+        pieces = [
+            normjax.moments(x[a:b], 0, where=w[a:b] * scale)
+            for a, b in itertools.pairwise(edges)
+        ]
+        m = functools.reduce(lambda a, b: a.merge(b), pieces)
+        np.testing.assert_allclose(m.unbiased_var[0], want, rtol=5e-6)
+    alike = normjax.moments(x, 0, where=jnp.full((16, 1), 0.3)).unbiased_var
+    np.testing.assert_allclose(alike[0], wide.var(0, ddof=1), rtol=2e-6)
+    np.testing.assert_allclose(normjax.moments(x, 0).unbiased_var, alike, rtol=2e-6)
+    for one in (None, w[:1], jnp.full((1, 1), 1e-3)):
+        assert jnp.isnan(normjax.moments(x[:1], 0, where=one).unbiased_var).all()
+
+
+def test_what_counted_nothing_may_be_anything():
+    m = normjax.moments(normal((7, 3)), 0)
+    zeros = jnp.zeros((1, 3))
+    nothing = normjax.Moments(zeros, zeros + jnp.nan, zeros + jnp.inf)
+    for merged in (m.merge(nothing), nothing.merge(m)):
+        np.testing.assert_allclose(merged.mean, m.mean, rtol=1e-6)
+        np.testing.assert_allclose(merged.var, m.var, rtol=1e-6)
+    both = nothing.merge(nothing)
+    assert (both.count == 0).all() and (both.mean == 0).all() and (both.var == 1).all()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_a_stream_of_values_is_what_they_are_together(size, offset):
+    """One value at a time, too: rounding must not have a side that it favours."""
+    x = normal((20_001 // size, size, 64)) + offset
+
+    def step(m, x):
+        return m.merge(normjax.moments(x, 0)), None
+
+    start = normjax.Moments.empty((1, 64))
+    stream, _ = jax.jit(lambda x: jax.lax.scan(step, start, x))(x)
+    wide = np.asarray(x, np.float64).reshape(-1, 64)
+    off = np.asarray(stream.var, np.float64)[0] / wide.var(0) - 1
+    assert np.abs(off).max() < 2e-6 and abs(off.mean()) < 2e-7
+    mean = np.asarray(stream.mean, np.float64) + np.asarray(stream.rest, np.float64)
+    np.testing.assert_allclose(mean[0], wide.mean(0), atol=1e-7 * (1 + offset * 1e-3))
+
+
+def test_counts_neither_wrap_nor_stop():
+    """Past 2**31 of them, by a mask that is broadcast; and past 2**24 in a program."""
+    shape = (2**16, 2**16 - 1, 2)  # of an array that is never made
+    n = shape[0] * shape[1]
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    for mask in (None, jnp.ones((1, 1, 2), bool)):
+        count, carry = (
+            _moments._count(x, mask, (0, 1), jnp.float32)
+            if mask is None
+            else jax.jit(lambda m: _moments._count(x, m, (0, 1), jnp.float32))(mask)
+        )
+        total = np.asarray(count, np.float64) + np.asarray(carry, np.float64)
+        np.testing.assert_array_equal(total, np.full((1, 1, 2), float(n)))
+
+
 def test_moments_of_complex_values():
     x = normal((50, 3), dtype=jnp.complex64) + (1e4 + 2e4j)
     m = normjax.moments(x, 0)

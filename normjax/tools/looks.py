@@ -457,8 +457,7 @@ def _against(module: Any, m: Moments, mean: Any, var: Any) -> dict[str, jax.Arra
         return {}
     new = m.var.ravel()
     if getattr(module, "running_variance", "biased") == "unbiased":
-        count = m.count.ravel()
-        new = new * count / jnp.maximum(count - 1, 1)
+        new = _moments.unbiased(m)[0].ravel()
     mean, var = (jnp.asarray(a, new.dtype).ravel() for a in (mean, var))
     old = var + module.epsilon
     return {

@@ -25,6 +25,7 @@ class Merged:
       count: how many values, with ``count_rest``.
       mean: their mean, with ``mean_rest``.
       var: their biased variance, with ``var_rest``; 0 where nothing was counted.
+      squares: the sum of the squared weights, the count where all are 1.
       samples: of how many samples those values were.
       updates: how many calls of the norm had values that count.
       sweep: a number for each sweep. It is part of a program's signature, so that none
@@ -37,6 +38,7 @@ class Merged:
     mean_rest: jax.Array
     var: jax.Array
     var_rest: jax.Array
+    squares: jax.Array
     samples: jax.Array
     updates: jax.Array
     sweep: int = dataclasses.field(metadata={"static": True})
@@ -83,9 +85,9 @@ class Merged:
                 "Update the statistics once in training mode, which makes it so",
             )
         dtype, of_mean = self.var.dtype, self.mean.dtype
-        fields = (m.count, m.carry, m.var, m.mean, m.rest)
-        dtypes = (dtype, dtype, dtype, of_mean, of_mean)
-        n, n_rest, of_var, near, far = (
+        fields = (m.count, m.carry, m.squares, m.var, m.mean, m.rest)
+        dtypes = (dtype, dtype, dtype, dtype, of_mean, of_mean)
+        n, n_rest, squares, of_var, near, far = (
             _axes.sharded_like(
                 jnp.asarray(a).astype(t).reshape(self.mean.shape), self.mean
             )
@@ -116,6 +118,7 @@ class Merged:
             mean_rest=mean_rest + _moments.product(share, off_rest),
             var=var,
             var_rest=var_rest,
+            squares=self.squares + squares,
             samples=self.samples + n / values_per_sample,
             updates=self.updates + (n > 0).astype(dtype),
         )

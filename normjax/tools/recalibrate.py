@@ -420,8 +420,8 @@ def _statistics(
     known = merged.count > 0
     known_var = known
     if variance == "unbiased":  # of a single value there is none
-        known_var = merged.count > 1
-        var = var * (merged.count / jnp.where(known_var, merged.count - 1, 1))
+        moments = _moments.Moments(merged.count, mean, var, squares=merged.squares)
+        var, known_var = _moments.unbiased(moments)
     if prior is not None:
         prior = prior.astype(dtype)
         share = prior / (prior + merged.samples)
