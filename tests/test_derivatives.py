@@ -427,3 +427,69 @@ def test_hessian_and_per_example_gradients():
             for f in (ours, plain)
         )
         family.assert_close(got, want, reduced=4)
+
+
+def plain_moments(x, w=1.0):
+    w = jnp.broadcast_to(w, x.shape)
+
+    def mean(a):
+        return (w * a).sum((0, 1), keepdims=True) / w.sum((0, 1), keepdims=True)
+
+    return mean(x), mean(jnp.square(x - mean(x)))
+
+
+ZERO_VARIANCE = {
+    "moments": (
+        lambda x: normjax.moments(x, (0, 1)).var,
+        lambda x: plain_moments(x)[1],
+    ),
+    "normalize": (
+        lambda x: normjax.normalize(
+            x, normjax.moments(x, (0, 1)), epsilon=family.EPSILON
+        ),
+        lambda x: (
+            (x - plain_moments(x)[0]) / jnp.sqrt(plain_moments(x)[1] + family.EPSILON)
+        ),
+    ),
+    "merge": (
+        lambda x: normjax.merge(normjax.moments(x, 1), 0).var,
+        lambda x: plain_moments(x)[1],
+    ),
+    "two merged": (
+        lambda x: (
+            normjax.moments(x[:2], (0, 1)).merge(normjax.moments(x[2:], (0, 1))).var
+        ),
+        lambda x: plain_moments(x)[1],
+    ),
+    "weighted": (
+        lambda x: normjax.moments(x, (0, 1), where=jnp.square(x) + 1).var,
+        lambda x: plain_moments(x, jnp.square(x) + 1)[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ZERO_VARIANCE)
+def test_derivatives_at_zero_variance_are_those_of_the_formula(name, float64):
+    """To the third order: where a clamp has a tie, it halves them."""
+    ours, formula = ZERO_VARIANCE[name]
+    keys = jax.random.split(jax.random.key(5), 4)
+    # Of 16 values, so that the mean of the plain formula is exact.
+    x, *ways = (jax.random.normal(k, (4, 4, 3), jnp.float64) for k in keys)
+    # One channel of variance 0, and one of zeros.
+    x = x.at[..., 0].set(3.0).at[..., 1].set(0.0)
+
+    def along(f, orders):
+        def g(x):
+            return (jnp.sin(f(x)) + f(x)).sum()
+
+        for way in ways[:orders]:
+            g = functools.partial(lambda g, way, x: jax.jvp(g, (x,), (way,))[1], g, way)
+        return g
+
+    for orders in (1, 2):  # and once more in reverse
+        got, want = (
+            jax.jit(jax.value_and_grad(along(f, orders)))(x) for f in (ours, formula)
+        )
+        for g, w in zip(got, want, strict=True):
+            size = float(jnp.abs(w).max())
+            np.testing.assert_allclose(g, w, rtol=0, atol=1e-10 * max(size, 1))
