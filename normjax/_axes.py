@@ -141,7 +141,9 @@ def split_groups(a: jax.Array, axes: tuple[int, ...], num_groups: int) -> jax.Ar
     features = math.prod(a.shape[x] for x in axes)
     rest = others(axes, a.ndim)
     shape = [*(a.shape[x] for x in rest), num_groups, features // num_groups]
-    return _whole(a, axes).transpose(rest + axes).reshape(shape)
+    # First one axis of all features: what an explicit mesh shards may not move with it.
+    joined = _whole(a, axes).transpose(rest + axes).reshape(*shape[:-2], features)
+    return joined.reshape(shape)
 
 
 def join_groups(
@@ -153,6 +155,7 @@ def join_groups(
     features = math.prod(shape[x] for x in axes)
     a = jnp.broadcast_to(a, (*a.shape[:-1], features // a.shape[-2]))
     inverse = tuple(order.index(x) for x in range(len(shape)))
+    a = a.reshape(*a.shape[:-2], features)
     return a.reshape([shape[x] for x in order]).transpose(inverse)
 
 
@@ -165,6 +168,16 @@ def sharded_like(a: jax.Array, x: jax.Array) -> jax.Array:
     if sharding is None:
         return a
     return jax.sharding.reshard(jnp.broadcast_to(a, x.shape), sharding)
+
+
+def lying_like(a: jax.Array, x: jax.Array) -> jax.Array:
+    """Lays an array over an explicit mesh as x, along axes that are as long in both."""
+    sharding = _explicit(x)
+    if sharding is None:
+        return a
+    same = zip(a.shape, x.shape, lies_over(x), strict=True)
+    spec = PartitionSpec(*(names if m == n else None for m, n, names in same))
+    return jax.sharding.reshard(a, NamedSharding(sharding.mesh, spec))
 
 
 def _explicit(a: jax.Array) -> Any:

@@ -636,9 +636,9 @@ def beyond(m: Moments) -> jax.Array:
 
 def unit_in(m: Moments, axis: int) -> jax.Array:
     """The unit, 1 or the small one, in which moments along an axis can be merged."""
-    far = beyond(m).any(axis, keepdims=True)
-    small = jnp.full(far.shape, _small_unit(m.var.dtype), m.var.dtype)
-    return jnp.where(far, small, jnp.ones_like(small))
+    # By arithmetic, since on an explicit mesh a select wants all sharded alike.
+    far = beyond(m).any(axis, keepdims=True).astype(m.var.dtype)
+    return far * jnp.asarray(_small_unit(far.dtype), far.dtype) + (1 - far)
 
 
 def _in_unit(m: Moments, unit: jax.Array) -> tuple[jax.Array, jax.Array]:

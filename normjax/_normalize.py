@@ -7,7 +7,7 @@ and its derivative.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,9 +101,50 @@ def _standardize_jvp(r, epsilon, dtype, primals, tangents):
 
 _standardize.defjvp(_standardize_jvp, symbolic_zeros=True)
 
+
+class View(NamedTuple):
+    """How x is laid out before it is normalized.
+
+    Attributes:
+      batch: the axis that ghost batches split.
+      size: how many samples are in a ghost batch; 0 for no ghost batches.
+      units: axes of size 1 that are left out, of the ghosts' x where there are some.
+    """
+
+    batch: int = 0
+    size: int = 0
+    units: tuple[int, ...] = ()
+
+    def ghosts(self, shape: tuple, whole: tuple) -> tuple:
+        """The shape of an operand of x of shape ``whole``: N -> (N / size, size)."""
+        if not self.size:
+            return shape
+        n = shape[self.batch]
+        split = (n // self.size, self.size) if n == whole[self.batch] else (1, 1)
+        return *shape[: self.batch], *split, *shape[self.batch + 1 :]
+
+
+def _viewed(x, scale, bias, where, r, epsilon, dtype, view: View):
+    """`_standardize` of operands in a view; y in the shape of x, the moments in it."""
+    shape = x.shape
+    if view.size and where is not None:
+        where = _axes.lying_like(where, x)
+    x, scale, bias, where = (
+        None
+        if a is None
+        else jnp.squeeze(a.reshape(view.ghosts(a.shape, shape)), view.units)
+        for a in (x, scale, bias, where)
+    )
+    y, m = _standardize(x, scale, bias, where, r, epsilon, dtype)
+    if view.units:
+        y, m = jax.tree.map(lambda a: jnp.expand_dims(a, view.units), (y, m))
+    return y.reshape(shape), m
+
+
 # Compiled, so that a call outside of jit is one program; inlined, so that a call inside
-# is no boundary to XLA; and traced once for all calls alike.
-standardize = jax.jit(_standardize, static_argnums=(4, 5, 6), inline=True)
+# is no boundary to XLA; and traced once for all calls alike. The view is taken inside:
+# outside, one of NaN that does not count is what jax_debug_nans stops at.
+standardize = jax.jit(_viewed, static_argnums=(4, 5, 6, 7), inline=True)
 
 
 def named(tree: Any) -> Any:

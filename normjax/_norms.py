@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from normjax import _axes, _check, _moments
 from normjax._moments import Moments, Reduction
-from normjax._normalize import MOMENTS, normalize, standardize
+from normjax._normalize import MOMENTS, View, normalize, standardize
 
 
 def _activated(name: str, norm: Callable, activation: Callable | None) -> Callable:
@@ -29,39 +28,44 @@ def _activated(name: str, norm: Callable, activation: Callable | None) -> Callab
     )
 
 
-def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype, activation):
-    """Checks what all norms have in common, and standardizes."""
+def _norm(
+    name, x, scale, bias, along, r, *, epsilon, where, dtype, activation, view=None
+):
+    """Checks what all norms have in common, and standardizes.
+
+    The reduction is of x in the view, and so are the axes of the moments returned.
+    """
     where = _check.where(name, where, x.shape)
     scale = _axes.lay(name, "scale", scale, along, x.shape)
     bias = _axes.lay(name, "bias", bias, along, x.shape)
     operands = {"x": x, "scale": scale, "bias": bias}
     dtype = _check.output_dtype(name, dtype, operands)
     epsilon = _check.epsilon(name, epsilon, _moments.statistics_dtype(x, dtype))
+    view = view or View()
     # XLA of jax 0.10 on a CPU sums several times slower past an axis of size 1. One
     # that lies over an explicit mesh stays: its gradient would not lie there again.
     lying = [_axes.lies_over(a) for a in (x, scale, bias, where) if a is not None]
+    shape = view.ghosts(x.shape, x.shape)
     units = tuple(
         a
-        for a, n in enumerate(x.shape)
-        if n == 1 and a not in r.group_axes and not any(spec[a] for spec in lying)
+        for a, n in enumerate(shape)
+        if n == 1
+        and a not in r.group_axes
+        and not any(spec[a - (a > view.batch and bool(view.size))] for spec in lying)
     )
-    if len(units) == x.ndim:
+    if len(units) == len(shape):
         units = ()
-    kept = _axes.others(units, x.ndim)
+    kept = _axes.others(units, len(shape))
     r = r._replace(
         axes=tuple(kept.index(a) for a in r.axes if a in kept),
         group_axes=tuple(kept.index(a) for a in r.group_axes),
     )
+    view = view._replace(units=units)
 
     def norm(where, x, scale, bias):
-        return standardize(x, scale, bias, where, r, epsilon, dtype)
+        return standardize(x, scale, bias, where, r, epsilon, dtype, view)
 
-    operands = (where, x, scale, bias)
-    squeezed = (None if a is None else jnp.squeeze(a, units) for a in operands)
-    y, m = _activated(name, norm, activation)(*squeezed)
-    return (
-        jax.tree.map(lambda a: jnp.expand_dims(a, units), (y, m)) if units else (y, m)
-    )
+    return _activated(name, norm, activation)(where, x, scale, bias)
 
 
 def batch_norm(
@@ -169,6 +173,7 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
             "Pass virtual_batch_size=None",
         )
     batch, *_ = _axes.others(along, x.ndim)
+    where = _check.where(name, where, x.shape)
     size = _axes.divisor(name, "virtual_batch_size", size, (batch,), "samples", x.shape)
 
     pieces = _axes.pieces(x, batch)
@@ -183,28 +188,14 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
             "Pass a size that divides them, or shard x over an axis of AxisType.Auto",
         )
 
-    def fold(a):  # N -> (N / size, size)
-        if a is None:
-            return None
-        whole = a.shape[batch] == x.shape[batch]
-        ghosts = (x.shape[batch] // size, size) if whole else (1, 1)
-        return a.reshape(*a.shape[:batch], *ghosts, *a.shape[batch + 1 :])
-
-    scale, bias = (
-        fold(_axes.lay(name, k, a, along, x.shape))
-        for k, a in (("scale", scale), ("bias", bias))
-    )
-    where = fold(_check.where(name, where, x.shape))
     features = tuple(a + (a > batch) for a in along)
-    over = _axes.others((batch, *features), x.ndim + 1)
-    y, m = _norm(
-        name, fold(x), scale, bias, features, Reduction(over), where=where, **common
-    )
+    over = Reduction(_axes.others((batch, *features), x.ndim + 1))
+    view = View(batch, size)
+    y, m = _norm(name, x, scale, bias, along, over, where=where, view=view, **common)
     m = _moments.merge(m, batch)
     if r.names:
-        m = _moments.across_devices(m, r, _moments.counts_of(where))
-    m = jax.tree.map(lambda a: _axes.features_of(a, features), m)
-    return y.reshape(x.shape), m
+        m = _moments.opened(_moments.across_devices(m, r, _moments.counts_of(where)))
+    return y, jax.tree.map(lambda a: _axes.features_of(a, features), m)
 
 
 def layer_norm(

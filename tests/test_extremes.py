@@ -189,3 +189,17 @@ def test_a_batch_in_which_one_row_is_large_leaves_the_others_as_they_are():
     np.testing.assert_array_equal(beside[2:], alone[2:])
     bad = normjax.layer_norm(x.at[1, 0].set(jnp.inf))
     assert jnp.isnan(bad[1]).any() and (bad[2:] == alone[2:]).all()
+
+
+@pytest.mark.parametrize("ghosts", [None, 2])
+def test_nan_that_does_not_count_is_no_fault_to_debug_nans(ghosts):
+    """Outside of jit, where JAX looks at each result, too."""
+    where = np.arange(4)[None, :, None] < 3
+    x = jnp.asarray(np.where(where, np.ones((4, 4, 1), np.float32), np.nan))
+    with jax.debug_nans(True):
+        y, m = normjax.batch_norm(x, where=where, virtual_batch_size=ghosts)
+        assert (y == 0).all() and (m.mean == 1).all()
+        for norm in (normjax.layer_norm, normjax.rms_norm):
+            assert jnp.isfinite(norm(x, axis=1, where=where)).all()
+        assert (normjax.moments(x, 1, where=where).mean == 1).all()
+        assert (normjax.group_norm(x, num_groups=1, where=where) == 0).all()

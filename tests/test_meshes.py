@@ -375,3 +375,41 @@ def test_an_axis_of_vmap_where_shard_map_checks_what_varies_is_refused():
         " ('data', 'model'). Pass check_vma=False to the shard_map."
     )
     assert_close(forward(x, False), normjax.batch_norm(x)[0], math.prod(SHAPE))
+
+
+@pytest.mark.usefixtures("float64")
+def test_groups_of_two_feature_axes_lie_on_an_explicit_mesh():
+    """With a batch that is sharded, and without an axis of space."""
+    devices = mesh(*MESH, AxisType.Explicit)
+    x = jax.random.normal(jax.random.key(0), (4, 2, 8, 2))
+
+    def results(x):
+        def loss(x):
+            y = normjax.group_norm(x, feature_axis=(1, 2), num_groups=4)
+            return jnp.sin(y).sum(), y
+
+        (_, y), dx = jax.value_and_grad(loss, has_aux=True)(x)
+        return y, dx
+
+    want = jax.jit(results)(x)
+    with jax.set_mesh(devices):
+        for spec in (P("data"), P(("data",), None, None, "model")):
+            got = jax.jit(results)(jax.device_put(x, NamedSharding(devices, spec)))
+            assert_close(got, want, 8)
+
+
+@pytest.mark.usefixtures("float64")
+def test_ghosts_with_a_mask_that_lies_otherwise_on_an_explicit_mesh():
+    devices = mesh(*MESH, AxisType.Explicit)
+    x = jax.random.normal(jax.random.key(0), (16, 4, 6))
+    where = jax.random.bernoulli(jax.random.key(1), 0.7, (16, 4, 1))
+
+    def results(x, where):
+        return normjax.batch_norm(x, where=where, virtual_batch_size=4)
+
+    want = jax.jit(results)(x, where)
+    with jax.set_mesh(devices):
+        x = jax.device_put(x, NamedSharding(devices, P("data")))
+        for spec in (P(), P("model"), P(("data", "model")), P(None, "data")):
+            laid = jax.device_put(where, NamedSharding(devices, spec))
+            assert_close(jax.jit(results)(x, laid), want, 64)

@@ -352,3 +352,21 @@ def test_bad_neighbours_are_named(call, message):
     with pytest.raises((TypeError, ValueError)) as error:
         call(x)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms"])
+def test_an_activation_of_complex_values_is_differentiated(norm):
+    """jax 0.10 cannot keep a complex array by its name."""
+    x = jax.lax.complex(*jax.random.normal(jax.random.key(0), (2, 4, 6)))
+    f = {
+        "batch": lambda x, **k: normjax.batch_norm(x, **k)[0],
+        "layer": normjax.layer_norm,
+        "rms": normjax.rms_norm,
+    }[norm]
+
+    def loss(call):
+        return lambda x: (jnp.abs(call(x)) ** 2).sum()
+
+    got = jax.jit(jax.grad(loss(lambda x: f(x, activation=jnp.sin))))(x)
+    want = jax.jit(jax.grad(loss(lambda x: jnp.sin(f(x)))))(x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
