@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax import _axes, _check
+from normjax import _axes, _check, _trees
 
 # Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
 # row for each device; above, in two all-reduces of one row each.
@@ -25,7 +25,7 @@ ONE_ALL_REDUCE_BYTES = 1024 * 1024
 _LIMB = 4096
 
 
-@jax.tree_util.register_dataclass
+@_trees.tree
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """How many values there were, their mean, and their mean squared distance from it.
@@ -61,6 +61,7 @@ class Moments:
     rest: jax.Array | float = 0.0
 
     def __post_init__(self):
+        _trees.tell_flax()
         # Left out, they become arrays like the others, so that moments built by hand
         # can be mapped, stacked and carried through a scan.
         if isinstance(self.carry, float) and hasattr(self.count, "dtype"):
