@@ -34,7 +34,9 @@ def part_of_new(name: str, momentum: Any, shape: tuple[int, ...], dtype: Any) ->
     """Returns ``1 - momentum``, which may be less than the digits of 1 can tell."""
     momentum = _check.momentum(name, momentum)
     of = jnp.shape(momentum)
-    if of and (len(of) > len(shape) or np.broadcast_shapes(of, shape) != shape):
+    if len(of) > len(shape) or any(
+        n not in (1, size) for n, size in zip(of[::-1], shape[::-1], strict=False)
+    ):
         raise _check.error(
             ValueError,
             name,
