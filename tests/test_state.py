@@ -20,6 +20,7 @@ from systems import NAMES
 import normjax
 import normjax.linen
 import normjax.nnx
+from normjax import tools
 
 X = 3 * jax.random.normal(jax.random.key(0), (16, 4)) + 2
 BAD = X.at[3, 1:].set(jnp.nan)
@@ -373,3 +374,50 @@ def test_modules_with_ghosts_of_a_batch_that_is_left_open():
 
     for f in (linen, nnx):
         jax.tree.map(close, exported(f, "4*b", X).call(X), f(X))
+
+
+# The tools.
+
+
+def test_tools_know_what_was_left_out():
+    """A counter beside a mean and a var is neither averaged, merged nor converted."""
+    norm = normjax.linen.BatchNorm(False, skip_nonfinite=True)
+    variables = norm.init(jax.random.key(0), X)
+    _, updates = norm.apply(variables, BAD, mutable=["batch_stats"])
+    variables = {**variables, **updates}
+    skipped = variables["batch_stats"]["skipped"]
+    np.testing.assert_array_equal(skipped, [0, 1, 1, 1])
+
+    for to, back in (
+        (tools.to_torch, tools.from_torch),
+        (tools.to_keras, tools.from_keras),
+    ):
+        weights = to({"batch_stats": variables["batch_stats"]})
+        assert len(weights) == 2
+        found = back(weights, {"batch_stats": variables["batch_stats"]})
+        assert (found["batch_stats"]["skipped"] == 0).all()
+        np.testing.assert_array_equal(
+            found["batch_stats"]["mean"], variables["batch_stats"]["mean"]
+        )
+
+    average = tools.RunningVariables.init(variables)
+    for n in (1, 2):
+        later = {**variables["batch_stats"], "skipped": n * skipped}
+        average = average.update({**variables, "batch_stats": later})
+    np.testing.assert_array_equal(average.read()["batch_stats"]["skipped"], 2 * skipped)
+
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 3 * a]), variables["batch_stats"])
+    merged = tools.merge_replicas(stacked)
+    np.testing.assert_array_equal(merged["skipped"], [3 * skipped, 3 * skipped])
+
+
+def test_tools_keep_what_was_left_out():
+    """Recalibrated, replaced and frozen, a norm still says what it left out."""
+    norm = nnx_norm(skip_nonfinite=True)
+    norm(BAD)
+    found = tools.recalibrate(lambda m, x: m(x), norm, [X], progress=False).variables
+    for new in (found, tools.replace(norm, "batch", "frozen"), tools.freeze(norm)):
+        np.testing.assert_array_equal(new.skipped[...], [0, 1, 1, 1])
+    model = flax.nnx.Sequential(flax.nnx.Linear(4, 4, rngs=flax.nnx.Rngs(0)), norm)
+    model.eval()
+    assert tools.fold(model, X).report.folded
