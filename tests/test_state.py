@@ -421,3 +421,29 @@ def test_tools_keep_what_was_left_out():
     model = flax.nnx.Sequential(flax.nnx.Linear(4, 4, rngs=flax.nnx.Rngs(0)), norm)
     model.eval()
     assert tools.fold(model, X).report.folded
+
+
+@pytest.mark.parametrize("library", [flax.nnx, normjax.nnx], ids=["flax", "normjax"])
+def test_tools_write_to_no_array_of_others(library):
+    """Nor does what they return, of Flax's norms too, which write where they stand."""
+    rngs = flax.nnx.Rngs(0)
+    norm = library.BatchNorm(4, momentum=0.5, rngs=rngs)
+    model = flax.nnx.Sequential(norm, library.LayerNorm(4, rngs=rngs))
+    model(X)
+    state = jax.tree.map(np.array, flax.nnx.to_pure_dict(flax.nnx.state(model)))
+    flax.nnx.update(model, state)
+    kept = jax.tree.map(np.copy, state)
+
+    report = tools.doctor(model, X, step=lambda m: m(X), steps=1)
+    assert not {f.name for f in report.findings} & {"update-dropped", "never-updated"}
+    tools.look(model, X)
+    found = tools.recalibrate(lambda m, x: m(x), model, [X], progress=False).variables
+    close(found.layers[0].mean[...], X.mean(0))
+    for new in (
+        found,
+        tools.replace(model, "layer", "rms"),
+        tools.replace(model, "batch", "batch"),
+        tools.freeze(model),
+    ):
+        new(X)
+    jax.tree.map(np.testing.assert_array_equal, state, kept)
