@@ -145,9 +145,8 @@ class Statistics(NamedTuple):
 def counters(module: Any) -> list[str]:
     """What the fields of the module add to the mean and the var of ``batch_stats``.
 
-    Float32, as all there: users average and cast that collection as a whole. A count
-    stands still at 2**24, and so does what it is for: float32 has no average that an
-    update's part of 2**-24 of it moves further.
+    They are created in float32, like all of that collection, and stay in the dtype that
+    they are given in: one of integers counts on past 2**24.
     """
     needed = {
         "count": module.momentum is None or module.debias,
@@ -234,6 +233,7 @@ def update(module: Any, old: Statistics, m: Moments, momentum: Any) -> Statistic
             f"momentum={momentum} in the call, momentum=None in the module",
             "Leave it out of the call, or give the module a momentum",
         )
+    check_can_count(old)
     var, measured = m.var, m.count
     if module.running_variance == "unbiased":
         # Of a single value there is none, and what it would update stays as it is.
@@ -337,6 +337,23 @@ def check_statistics(old: Statistics, features: Sequence[int]) -> None:
             + f", features {tuple(features)}",
             "Pass the batch_stats of this model",
         )
+
+
+def check_can_count(old: Statistics) -> None:
+    """Refuses counters, of a model cast as a whole, that soon would stand still."""
+    for name in ("count", "skipped"):
+        counter = getattr(old, name)
+        if counter is None or jnp.issubdtype(counter.dtype, jnp.integer):
+            continue
+        most = round(2 / float(jnp.finfo(counter.dtype).eps))
+        if most < 2**24:
+            raise _check.error(
+                ValueError,
+                "BatchNorm",
+                f"batch_stats/{name} must be at least float32, or an integer",
+                f"{counter.dtype}, which counts no further than {most}",
+                f"Pass batch_stats with {name}.astype(jnp.float32)",
+            )
 
 
 def missing_statistics(path: tuple[str, ...], name: str) -> Exception:

@@ -57,7 +57,7 @@ def is_counted(count: jax.Array) -> jax.Array:
 def one_more(count: jax.Array, where: jax.Array) -> jax.Array:
     """Counts on where something was counted, up to what the dtype can count."""
     if jnp.issubdtype(count.dtype, jnp.integer):
-        where = where & (count < jnp.iinfo(count.dtype).max)
+        where = where & (count != count.dtype.type(jnp.iinfo(count.dtype).max))
     return count + where.astype(count.dtype)
 
 

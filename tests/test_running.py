@@ -394,15 +394,45 @@ def test_parts_of_a_cumulative_average_are_right_to_the_end(system):
     np.testing.assert_allclose(norm.statistics["var"] * t, X.var(0), rtol=1e-5)
 
 
-@both
-def test_a_count_of_integers_does_not_wrap(system):
-    """One of PyTorch's checkpoints, say."""
-    most = jnp.iinfo(jnp.int32).max
-    norm = system("BatchNorm", X, momentum=None)
+def with_counts(system, counts, **fields):
+    """A norm that has the statistics of X, and counts in a dtype of their own."""
+    norm = system("BatchNorm", X, **fields)
+    values = {"mean": X.mean(0), "var": X.var(0), **counts}
     if system is SYSTEMS["nnx"]:
-        norm.module.count = flax.nnx.BatchStat(jnp.full(4, most))
-    norm.statistics |= {"count": jnp.full(4, most), "mean": X.mean(0), "var": X.var(0)}
-    norm(100 * X, use_running_average=False)
-    np.testing.assert_array_equal(norm.statistics["count"], np.full(4, most))
-    assert norm.statistics["count"].dtype == jnp.int32
-    close(norm.statistics["mean"], X.mean(0))
+        for name, value in values.items():
+            getattr(norm.module, name).set_value(value)
+    else:
+        norm.statistics = values
+    return norm
+
+
+@both
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint32])
+def test_a_count_of_integers_goes_on_and_does_not_wrap(system, dtype):
+    """It is what a checkpoint has; float32 would stand still from 2**24 on."""
+    counts = np.array([2**24, 2**31 - 2, jnp.iinfo(dtype).max, 0], dtype)
+    norm = with_counts(system, {"count": jnp.asarray(counts)}, momentum=None)
+    for _ in range(2):
+        norm(X + 1, use_running_average=False)
+    found = norm.statistics["count"]
+    assert found.dtype == dtype
+    want = np.minimum(counts.astype(np.int64) + 2, jnp.iinfo(dtype).max)
+    np.testing.assert_array_equal(found, want)
+    close(norm.statistics["mean"], X.mean(0) + np.array([0, 0, 0, 1]))
+
+
+@both
+@pytest.mark.parametrize("name", ["count", "skipped"])
+def test_counts_of_a_model_that_was_cast_as_a_whole(system, name):
+    """To bfloat16, which ends at 256: good for inference, and not to train on."""
+    counts = {"count": jnp.full(4, 9.0), "skipped": jnp.zeros(4)}
+    counts[name] = counts[name].astype(jnp.bfloat16)
+    norm = with_counts(system, counts, momentum=None, skip_nonfinite=True)
+    norm(X, use_running_average=True)
+    with pytest.raises(ValueError) as caught:
+        norm(X, use_running_average=False)
+    assert str(caught.value) == (
+        f"BatchNorm: batch_stats/{name} must be at least float32, or an integer. Got"
+        " bfloat16, which counts no further than 256. Pass batch_stats with"
+        f" {name}.astype(jnp.float32)."
+    )
