@@ -21,10 +21,12 @@ def blend(old: jax.Array, new: jax.Array, part: Any, counted: jax.Array) -> jax.
     dtype = jnp.promote_types(jnp.finfo(old.dtype).dtype, jnp.finfo(new.dtype).dtype)
     part = jnp.asarray(part, dtype) * counted.astype(dtype)
     kept = 1 - part
-    rest = (1 - kept) - part  # what kept has lost: it is rounded to the digits of 1
+    lost = (1 - kept) - part  # since kept is rounded to the digits of 1
     wide = widened(old, dtype)
     new = product(part, widened(zeroed(new, counted), dtype))
-    blended = added(product(kept, wide), added(product(rest, wide), new))
+    # Infinity is kept, not multiplied by nothing.
+    rest = product(lost, zeroed(wide, jnp.isfinite(wide)))
+    blended = added(product(kept, wide), added(rest, new))
     if jnp.iscomplexobj(blended) != jnp.iscomplexobj(old):
         return blended
     return blended.astype(old.dtype)

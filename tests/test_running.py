@@ -279,6 +279,24 @@ def test_a_ruined_channel_is_mended_by_reset_or_by_recalibration():
     close(norm.var[...], X.var(0))
 
 
+@both
+@pytest.mark.parametrize("momentum", [0.5, 1 - 1e-9])
+def test_what_is_infinite_stays_so(system, momentum):
+    """By Flax's arithmetic; and what counted nothing leaves it as it is."""
+    start = {"mean": jnp.array([jnp.inf, -jnp.inf, jnp.nan, 1.0])}
+    start["var"] = jnp.array([jnp.inf, 2.0, jnp.nan, jnp.inf])
+    norm = system("BatchNorm", X, momentum=momentum)
+    norm.statistics = start
+    norm(X, use_running_average=False, mask=jnp.zeros((16, 1), bool))
+    for name, want in start.items():
+        np.testing.assert_array_equal(norm.statistics[name], want)
+    norm(X, use_running_average=False)
+    found = norm.statistics
+    np.testing.assert_array_equal(found["mean"][:3], start["mean"][:3])
+    np.testing.assert_array_equal(found["var"][2:], start["var"][2:])
+    np.testing.assert_array_equal(found["var"][0], start["var"][0])
+
+
 # Nothing counted, and values that are taken.
 
 
@@ -315,12 +333,13 @@ def test_debiased_momentum_nearer_to_1_than_float32_can_tell(system):
 
 
 @both
-def test_a_small_part_keeps_its_size(system):
-    """1e-7 of the new values, where float32's nearest to 1 - 1e-7 keeps 1.2e-7."""
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_small_part_keeps_its_size(system, jitted):
+    """1e-7 of the new values, where float32's nearest to 1 - 1e-7 leaves 1.2e-7."""
     norm = system("BatchNorm", X, momentum=1 - 1e-7)
     start = {"mean": jnp.zeros(4), "var": jnp.full(4, 1e-6)}
     norm.statistics = start
-    norm(X, use_running_average=False)
+    norm(X, jitted=jitted, use_running_average=False)
     want = start["var"] + 1e-7 * (X.var(0) - start["var"])
     close(norm.statistics["mean"] * 1e7, X.mean(0))
     close(norm.statistics["var"] * 1e6, want * 1e6)
