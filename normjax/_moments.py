@@ -4,6 +4,7 @@ This is the only file that talks to named device axes.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from normjax import _axes, _check, _trees
 
@@ -33,7 +35,8 @@ class Moments:
     ``var`` is the biased variance, ``sum(|x - mean|**2) / count``; the unbiased one is
     ``var * count / (count - 1)``. Uncentered moments (`rms_norm`) have mean 0 and
     ``var = sum(|x|**2) / count``. Where nothing was counted, count is 0, mean 0, var 1.
-    With weights, every sum is weighted, and count is the sum of the weights.
+    With weights, every sum is weighted, and count is the sum of the weights. A variance
+    that the dtype cannot hold, of float32 values more than 1.8e19 apart, is inf.
 
     Attributes:
       count: how many values were counted, real, at least float32.
@@ -43,6 +46,10 @@ class Moments:
         stream of any length, where float32 alone would stop at 2**24.
       rest: what the dtype of ``mean`` could not hold: ``mean + rest`` has about twice
         its digits, for data far from zero.
+      var_rest: what the dtype of ``var`` could not hold, so that a long stream does not
+        drift.
+      squares: the sum of the squared weights, which is ``count`` where all weights are
+        1. If None, ``count``. `unbiased` needs it.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -59,15 +66,19 @@ class Moments:
     var: jax.Array
     carry: jax.Array | float = 0.0
     rest: jax.Array | float = 0.0
+    var_rest: jax.Array | float = 0.0
+    squares: jax.Array | None = None
 
     def __post_init__(self):
         _trees.tell_flax()
         # Left out, they become arrays like the others, so that moments built by hand
         # can be mapped, stacked and carried through a scan.
-        if isinstance(self.carry, float) and hasattr(self.count, "dtype"):
-            object.__setattr__(self, "carry", jnp.zeros_like(self.count))
-        if isinstance(self.rest, float) and hasattr(self.mean, "dtype"):
-            object.__setattr__(self, "rest", jnp.zeros_like(self.mean))
+        for name, of in (("carry", "count"), ("rest", "mean"), ("var_rest", "var")):
+            a = getattr(self, of)
+            if isinstance(getattr(self, name), float) and hasattr(a, "dtype"):
+                object.__setattr__(self, name, jnp.zeros_like(a))
+        if self.squares is None:
+            object.__setattr__(self, "squares", self.count)
 
     @classmethod
     def empty(cls, shape: Any, dtype: Any = jnp.float32) -> "Moments":
@@ -89,8 +100,8 @@ class Moments:
           >>> m.count, m.mean
           (Array([[12.]], dtype=float32), Array([[5.5]], dtype=float32))
         """
-        zeros = jnp.zeros(shape, dtype)
-        return cls(zeros, zeros, jnp.ones(shape, dtype), zeros)
+        zeros = jnp.zeros(shape, jnp.finfo(dtype).dtype)
+        return cls(zeros, zeros.astype(dtype), jnp.ones_like(zeros))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,7 +141,7 @@ class Moments:
             )
         m, n = uniform(self), laid_like(other, self.mean)
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), m, n)
-        merged = _first(merge(both, 0))
+        merged = opened(_first(_merged(both, 0)))
         # The sum of two and its exact rounding error; the limbs of `merge` have an end.
         count, lost = _exact_sum(m.count, n.count)
         count, carry = _exact_sum(count, lost + (m.carry + n.carry))
@@ -210,6 +221,11 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return by_parts(lambda part: part * b, a)
 
 
+def scaled(a: jax.Array, factor: float) -> jax.Array:
+    """``a`` times a number, in its dtype."""
+    return by_parts(lambda part: part * jnp.asarray(factor, part.dtype), a)
+
+
 def added(a: jax.Array, b: jax.Array) -> jax.Array:
     """``a + b``, where either may be complex."""
     if jnp.iscomplexobj(a) == jnp.iscomplexobj(b):
@@ -283,11 +299,59 @@ def divided(total: jax.Array, count: jax.Array, empty: float = 0.0) -> jax.Array
     return quotient + empty * nothing if empty else quotient
 
 
+def _small_unit(dtype: Any) -> float:
+    """The unit of `unit_of`: of float32 2**-80, of float64 2**-640.
+
+    The square of the largest value in it is far from the end of the dtype.
+    """
+    return 2.0 ** -(5 * int(jnp.finfo(dtype).maxexp) // 8)
+
+
+def unit_of(var: jax.Array) -> jax.Array:
+    """The power of two in which distances are held: 1, or far below it.
+
+    Within this package, a variance that its dtype cannot hold stands as minus that of
+    the values times the small unit, so that no field more is kept or sent for it.
+    """
+    small = jnp.full_like(var, _small_unit(var.dtype))
+    return jnp.where(var < 0, small, jnp.ones_like(var))
+
+
+def rstd_of(var: jax.Array, epsilon: float) -> jax.Array:
+    """``1 / sqrt(var + epsilon)``, of values times their unit."""
+    unit = unit_of(var)
+    # In a small unit epsilon may be nothing, and so may the variance of constants.
+    tiny = jnp.asarray(jnp.finfo(var.dtype).tiny, var.dtype)
+    epsilon = lax.max(jnp.asarray(epsilon, var.dtype) * unit * unit, tiny)
+    return lax.rsqrt(jnp.abs(var) + epsilon)
+
+
+def opened(m: Moments) -> Moments:
+    """Moments for users: a variance that the dtype cannot hold is inf."""
+    inf = jnp.full_like(m.var, jnp.inf)
+    return dataclasses.replace(m, var=jnp.where(m.var < 0, inf, m.var))
+
+
+def _fits(var: jax.Array) -> jax.Array:
+    """Where a variance is not near the end of its dtype, or beyond it."""
+    end = 2.0 ** (int(jnp.finfo(var.dtype).maxexp) - 8)
+    return var < jnp.asarray(end, var.dtype)
+
+
+def _held(plain: jax.Array, large: jax.Array) -> jax.Array:
+    """The variance as `unit_of` says, from that of the values and that in small units.
+
+    The second is taken where the first does not fit.
+    """
+    tiny = jnp.asarray(jnp.finfo(plain.dtype).tiny, plain.dtype)
+    return jnp.where(_fits(plain), plain, -lax.max(large, tiny))
+
+
 def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
     """Takes the moments of x, to broadcast against x.
 
     First over the axes, channel by channel; then channels merge into groups, and
-    devices into one batch.
+    devices into one batch. The variance is as `unit_of` says.
     """
     m = _local(x, where, r, dtype)
     m = laid_like(m, m.mean)  # a count without a mask lies nowhere yet
@@ -295,37 +359,119 @@ def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Mom
         members = jax.tree.map(
             lambda a: _axes.split_groups(a, r.group_axes, r.num_groups), m
         )
-        m = merge(members, -1)
+        m = _merged(members, -1)
     if r.names:
-        m = across_devices(m, r, even=where is None)
+        m = across_devices(m, r, counts_of(where))
     if r.group_axes:
         shape = tuple(1 if a in r.axes else n for a, n in enumerate(x.shape))
         m = jax.tree.map(lambda a: _axes.join_groups(a, r.group_axes, shape), m)
     return m
 
 
+def counts_of(where: jax.Array | None) -> str:
+    """How values count: as many on each device, "alike", by a "mask", or "weights"."""
+    if where is None:
+        return "alike"
+    return "mask" if where.dtype == jnp.bool_ else "weights"
+
+
 def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
     """Moments over r.axes: the mean, then the distances from it and their squares.
 
     E[x**2] - E[x]**2 takes one pass and loses all digits when mean / std is large.
+
+    Squares of float32 may lie beyond float32. On a CPU every sum is a pass over memory,
+    and two of them in float64 are exact and have the range. Elsewhere sums share a
+    pass, float64 may be slow or missing, and one more sum, of values times the small
+    unit, has the range.
     """
     if where is not None and where.dtype != jnp.bool_:
         # What does not count is not there, to derivatives by the weight either.
         where = jnp.where(where > 0, where, jnp.zeros_like(where))
+    x = counted(x, where)
+    in_dtype = functools.partial(_in_dtype, r=r, dtype=dtype)
+    if dtype != jnp.float32:
+        return in_dtype(x, where)
+    in_double = functools.partial(_in_double, r=r)
+    return lax.platform_dependent(x, where, cpu=in_double, default=in_dtype)
 
-    def total(a):
-        return weighed(a, where).sum(r.axes, keepdims=True)
 
-    x = widened(counted(x, where), dtype)
+def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
+    """Moments in float32 of values of no more than that, from sums in float64."""
+    single = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+    with jax.enable_x64(True):
+
+        def total(a):
+            return weighed(widened(a, jnp.float64), where).sum(r.axes, keepdims=True)
+
+        def in_two_parts(a, dtype):
+            near = a.astype(dtype)
+            return near, (a - near.astype(a.dtype)).astype(dtype)
+
+        if where is None:
+            n = jnp.asarray(math.prod(x.shape[a] for a in r.axes)).astype(jnp.float64)
+            n = squares = jnp.broadcast_to(n, _reduced(x.shape, r.axes))
+        else:
+            weights = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
+            weights = weights.astype(jnp.float64)
+            n = squares = weights.sum(r.axes, keepdims=True)
+            if where.dtype != jnp.bool_:
+                squares = jnp.square(weights).sum(r.axes, keepdims=True)
+        # Half of each distance: between two float32 it may lie beyond float32.
+        off = scaled(x.astype(single), 0.5)
+        mean = rest = jnp.zeros(n.shape, single)
+        if r.centered:
+            mean, rest = in_two_parts(divided(total(x), n), single)
+            off = off - own(scaled(mean, 0.5), 1) - own(scaled(rest, 0.5), 1)
+            off = counted(off, where)
+        var = divided(total(squared(widened(off, jnp.float64))), n, empty=0.25) * 4
+        large = var * np.float64(_small_unit(jnp.float32) ** 2)
+        var = _held(var.astype(jnp.float32), large.astype(jnp.float32))
+        count, carry = in_two_parts(n, jnp.float32)
+        squares = squares.astype(jnp.float32)
+        return Moments(count, mean, var, carry, rest, squares=squares)
+
+
+def _in_dtype(
+    x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any
+) -> Moments:
+    """Moments in a dtype, from sums in it."""
+    unit = _small_unit(dtype)
+    may_overflow = 2 * jnp.finfo(x.dtype).maxexp > jnp.finfo(dtype).maxexp
+    x = widened(x, dtype)
+
+    def average(a):
+        return divided(weighed(a, where).sum(r.axes, keepdims=True), count)
+
+    def off(use, factor):  # one for each use, with its own copies: see `own`
+        if not r.centered:
+            return scaled(x, factor)
+        far = scaled(x, factor) - own(scaled(near, factor), use)
+        return counted(far, where)
+
     count, carry = _count(x, where, r.axes, dtype)
-    if not r.centered:
-        var = divided(total(squared(x)), count, empty=1.0)
-        return Moments(count, jnp.zeros_like(var, dtype=x.dtype), var, carry)
-    mean = _fixed(divided(total(x), count))
-    rest = divided(total(counted(x - own(mean, 1), where)), count)
-    spread = total(squared(counted(x - own(mean, 2), where)))
-    var = jnp.maximum(divided(spread, count, empty=1.0) - squared(rest), 0)
-    return _in_two_parts(count, mean, rest, var, carry)
+    squares = count
+    if where is not None and where.dtype != jnp.bool_:
+        squares = jnp.broadcast_to(where.astype(dtype), x.shape)
+        squares = jnp.square(squares).sum(r.axes, keepdims=True)
+    mean = rest = jnp.zeros(count.shape, x.dtype)
+    if r.centered:
+        near = _near(average(scaled(x, _far_unit(dtype))))
+        # So that a sum of distances does not overflow.
+        rest = scaled(average(off(1, 2.0**-32)), 2.0**32)
+    var = average(squared(off(2, 1.0))) - squared(rest)
+    var = lax.max(var, jnp.zeros_like(var))
+    if may_overflow:
+        large = average(squared(off(4, unit))) - squared(scaled(rest, unit))
+        var = _held(var, large)
+    if r.centered:
+        mean, rest = _in_two_parts(near, rest)
+    var = var + (count == 0).astype(dtype)
+    return Moments(count, mean, var, carry, rest, squares=squares)
+
+
+def _reduced(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if a in axes else n for a, n in enumerate(shape))
 
 
 def _fixed(a: jax.Array) -> jax.Array:
@@ -338,35 +484,63 @@ def _fixed(a: jax.Array) -> jax.Array:
     return by_parts(lambda p: lax.reduce_precision(p, info.nexp, info.nmant - 1), a)
 
 
-def _in_two_parts(count, near, rest, var, carry) -> Moments:
-    """Moments with the mean ``near + rest``, where near is fixed and rest small."""
+def _far_unit(dtype: Any) -> float:
+    """A unit in which no sum of values overflows: of float32 2**-64."""
+    return 2.0 ** -(int(jnp.finfo(dtype).maxexp) // 2)
+
+
+def _near(mean: jax.Array) -> jax.Array:
+    """A mean in `_far_unit` as a fixed one of the values: the first of two parts.
+
+    Values that vanish in that unit are in the second part, the rest.
+    """
+    info = jnp.finfo(mean.dtype)
+    unit = _far_unit(info.dtype)
+    # Rounding must not take it beyond the dtype.
+    top = float(info.max) * (1 - 4 * float(info.eps)) * unit
+
+    def of_values(p):
+        top_ = jnp.asarray(top, p.dtype)
+        return lax.clamp(-top_, p, top_) / jnp.asarray(unit, p.dtype)
+
+    return by_parts(of_values, _fixed(mean))
+
+
+def _in_two_parts(near: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean ``near + rest``, where near is fixed and rest small, as (mean, rest)."""
     rest = _fixed(rest)
     mean = near + rest
-    return Moments(count, mean, var, carry, (near - mean) + rest)
+    return mean, (near - mean) + rest
 
 
 def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: Any):
     """Counts values, as (count, carry) with the shape of the moments."""
-    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+    shape = _reduced(x.shape, axes)
     n = math.prod(x.shape[a] for a in axes)
-    if where is not None:
-        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
     if where is None and isinstance(n, int):
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
         return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
-    if where is None:  # of a size that jax.export leaves open
-        total = jnp.broadcast_to(jnp.asarray(n), shape)
-    elif where.dtype != jnp.bool_:
-        count = where.sum(axes, keepdims=True, dtype=dtype)
-        return count, jnp.zeros_like(count)
-    else:
-        # A sum in the dtype of statistics shares their all-reduce, where it is exact.
-        exact = isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps
-        of = dtype if exact else jnp.int32
-        total = where.sum(axes, keepdims=True, dtype=of)
-    count = total.astype(dtype)
-    return count, (total - count.astype(total.dtype)).astype(dtype)
+    if where is not None:
+        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
+        if where.dtype != jnp.bool_:
+            count = where.sum(axes, keepdims=True, dtype=dtype)
+            return count, jnp.zeros_like(count)
+        if isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps:
+            # It shares the all-reduce of the sums in the dtype of statistics.
+            count = where.sum(axes, keepdims=True, dtype=dtype)
+            return count, jnp.zeros_like(count)
+    # Of 2**31 values and more, or of as many as jax.export leaves open.
+    few = isinstance(n, int) and n < 2**31
+    with jax.enable_x64(not few or jax.config.jax_enable_x64):
+        if where is None:
+            total = jnp.broadcast_to(jnp.asarray(n), shape)
+        else:
+            total = where.sum(
+                axes, keepdims=True, dtype=jnp.int32 if few else jnp.int64
+            )
+        count = total.astype(dtype)
+        return count, (total - count.astype(total.dtype)).astype(dtype)
 
 
 def merge(m: Moments, axis: int) -> Moments:
@@ -392,19 +566,62 @@ def merge(m: Moments, axis: int) -> Moments:
       Array([[3.]], dtype=float32)
     """
     (axis,) = _axes.canonical("merge", axis, len(m.shape))
-    m = uniform(m)
+    return opened(_merged(uniform(m), axis))
+
+
+def _merged(m: Moments, axis: int) -> Moments:
+    """`merge`, with variances as `unit_of` says."""
+    # What counted nothing may be anything, NaN say.
+    some = m.count > 0
+    unit = unit_in(m, axis)
     count, carry = _join_limbs(*(a.sum(axis, keepdims=True) for a in _limbs(m)))
     share = divided(m.count, count)
-    mean = _fixed(product(share, m.mean).sum(axis, keepdims=True))
-    off = (m.mean - mean) + m.rest
+    means = [product(unit, _alone(a, some)) for a in (m.mean, m.rest)]
+    var, var_rest = (_alone(a, some) for a in _in_unit(m, unit))
+    near = _fixed(product(share, means[0]).sum(axis, keepdims=True))
+    off = (means[0] - near) + means[1]
     rest = product(share, off).sum(axis, keepdims=True)
-    spread = m.var + squared(off - rest)
-    # Shares do not add up to 1 exactly. About var, what they miss is nothing, so that a
-    # long stream does not drift. Moments of nothing have var 1; their share is 0.
-    var = (share * spread).sum(axis, keepdims=True)
-    var = var + (share * (spread - var)).sum(axis, keepdims=True)
+    # About the variance within, what shares miss that do not add up to 1 is nothing,
+    # and what is added to it is small, so that a long stream does not drift.
+    within = (share * var).sum(axis, keepdims=True)
+    more = ((var - within) + var_rest) + squared(off - rest)
+    var, var_rest = _exact_sum(within, (share * more).sum(axis, keepdims=True))
+    var, var_rest = _from_unit(var, var_rest, unit)
     var = var + (count == 0).astype(var.dtype)
-    return _in_two_parts(count, mean, rest, var, carry)
+    mean, rest = (by_parts(lambda p: p / unit, a) for a in _in_two_parts(near, rest))
+    squares = _alone(m.squares, some).sum(axis, keepdims=True)
+    return Moments(count, mean, var, carry, rest, var_rest, squares)
+
+
+def beyond(m: Moments) -> jax.Array:
+    """Where squares of distances from a common mean might overflow, or have."""
+    half = 3 * int(jnp.finfo(m.var.dtype).maxexp) // 8  # float32: 2**48, 2**96
+    parts = [m.mean.real, m.mean.imag] if jnp.iscomplexobj(m.mean) else [m.mean]
+    far = [jnp.abs(p) > jnp.asarray(2.0**half, p.dtype) for p in parts]
+    wide = (m.var < 0) | (m.var > jnp.asarray(2.0 ** (2 * half), m.var.dtype))
+    return functools.reduce(jnp.logical_or, far, wide) & (m.count > 0)
+
+
+def unit_in(m: Moments, axis: int) -> jax.Array:
+    """The unit, 1 or the small one, in which moments along an axis can be merged."""
+    far = beyond(m).any(axis, keepdims=True)
+    small = jnp.full(far.shape, _small_unit(m.var.dtype), m.var.dtype)
+    return jnp.where(far, small, jnp.ones_like(small))
+
+
+def _in_unit(m: Moments, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The variance, and what its dtype could not hold, of values times a unit."""
+    var = jnp.where(m.var < 0, -m.var, m.var * unit * unit)
+    return var, m.var_rest * unit * unit
+
+
+def _from_unit(var, var_rest, unit) -> tuple[jax.Array, jax.Array]:
+    """Undoes `_in_unit`, as `unit_of` says."""
+    var = jnp.where(var < 0, jnp.zeros_like(var), var)  # of rounding alone
+    plain = var / unit / unit
+    held = jnp.where(unit < 1, _held(plain, var), plain)
+    var_rest = jnp.where(held < 0, jnp.zeros_like(var), var_rest / unit / unit)
+    return held, var_rest
 
 
 def _limbs(m: Moments) -> tuple[jax.Array, jax.Array]:
@@ -417,59 +634,90 @@ def _join_limbs(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     return count, low - (count - high)
 
 
-def across_devices(m: Moments, r: Reduction, even: bool) -> Moments:
+def across_devices(m: Moments, r: Reduction, counts: str) -> Moments:
     """Merges the moments of all devices along r.names, or of those in one's group.
 
     Exactly, where a plain psum of (count, sum, sum of squares) would be as unsafe as
     E[x**2] - E[x]**2: each device writes its moments into its own row of zeros, one
-    psum fills all rows everywhere, and the rows are merged. Counts that are even, the
-    same on each device, need not travel. Sub-groups exchange rows among themselves,
-    where they can.
+    psum fills all rows everywhere, and the rows are merged. Counts that are alike on
+    each device need not travel: see `counts_of`. Sub-groups exchange rows among
+    themselves, where they can.
     """
     if not r.centered:
-        (total,), count, carry = _sums([m.count * m.var], m, r, even)
-        return Moments(count, m.mean, divided(total, count, 1.0), carry)
+        return _across_devices_uncentered(m, r, counts)
     size = lax.axis_size(r.names)
-    fields = [m.mean, m.rest, m.var] + ([] if even else [m.count, m.carry])
+    names = ["mean", "rest", "var"]
+    names += {"alike": [], "mask": ["count", "carry"]}.get(
+        counts, ["count", "carry", "squares"]
+    )
+    fields = [getattr(m, name) for name in names]
     buffer = _packed(fields)
     apart = _are_apart(r, buffer)
     large = size * buffer.size * buffer.dtype.itemsize > ONE_ALL_REDUCE_BYTES
     if large and not apart:
-        return _across_devices_twice(m, r, even)
+        return _across_devices_twice(m, r, counts)
     rows = _of_group(buffer, r) if apart else gathered(buffer, r.names)
-    mean, rest, var, *counts = _unpacked(rows, fields, axis=1)
-    if even:
-        counts = [jnp.broadcast_to(a, var.shape) for a in (m.count, m.carry)]
-    m = Moments(counts[0], mean, var, counts[1], rest)
+    sent = dict(zip(names, _unpacked(rows, fields, axis=1), strict=True))
+    for name in ("count", "carry"):
+        if name not in sent:
+            sent[name] = jnp.broadcast_to(getattr(m, name), sent["var"].shape)
+    m = Moments(**sent)
     if r.groups and not apart:
         # As if those of other groups had counted nothing; a product would keep NaN.
         ours = _groups_of(r)[np.arange(size)] == _groups_of(r)[lax.axis_index(r.names)]
-        ours = ours.reshape(size, *(1 for _ in var.shape[1:]))
+        ours = ours.reshape(size, *(1 for _ in m.var.shape[1:]))
         m = jax.tree.map(lambda a: _alone(a, ours), m)
-    return _first(merge(m, 0))
+    return _first(_merged(m, 0))
 
 
-def _across_devices_twice(m: Moments, r: Reduction, even: bool) -> Moments:
+def _across_devices_uncentered(m: Moments, r: Reduction, counts: str) -> Moments:
+    """`across_devices` of mean squares, which add up, in both units."""
+    small = jnp.full_like(m.var, _small_unit(m.var.dtype))
+    plain = opened(m).var
+    terms = [m.count * plain, m.count * _in_unit(m, small)[0]]
+    terms, count, carry, squares = _sums(terms, m, r, counts)
+    var = _held(*(divided(a, count) for a in terms))
+    var = var + (count == 0).astype(var.dtype)
+    return Moments(count, m.mean, var, carry, squares=squares)
+
+
+def _across_devices_twice(m: Moments, r: Reduction, counts: str) -> Moments:
     """`across_devices` for large moments: first means, then distances from them."""
-    (total,), count, carry = _sums([product(m.count, m.mean)], m, r, even)
-    mean = _fixed(divided(total, count))
-    off = (m.mean - mean) + m.rest
-    terms = [product(m.count, off), m.count * (m.var + squared(off))]
+    far_unit = _far_unit(m.var.dtype)
+    terms = [product(m.count, scaled(m.mean, far_unit)), beyond(m).astype(m.var.dtype)]
+    (total, far), count, carry, squares = _sums(terms, m, r, counts)
+    near = _near(divided(total, count))
+    small = jnp.full_like(m.var, _small_unit(m.var.dtype))
+    unit = jnp.where(far > 0, small, jnp.ones_like(small))
+    off = [product(unit, a) for a in (m.mean, near, m.rest)]
+    off = (off[0] - off[1]) + off[2]
+    var = _in_unit(m, unit)[0]
+    terms = [product(m.count, off), m.count * (var + squared(off))]
     rest, spread = (divided(a, count) for a in _added_up(terms, r))
-    var = jnp.maximum(spread - squared(rest), 0) + (count == 0).astype(spread.dtype)
-    return _in_two_parts(count, mean, rest, var, carry)
+    var, _ = _from_unit(spread - squared(rest), jnp.zeros_like(spread), unit)
+    var = var + (count == 0).astype(var.dtype)
+    mean, rest = _in_two_parts(near, by_parts(lambda p: p / unit, rest))
+    return Moments(count, mean, var, carry, rest, squares=squares)
 
 
-def _sums(terms: list, m: Moments, r: Reduction, even: bool):
-    """Adds up terms and counts over the devices, in one all-reduce."""
+def _sums(terms: list, m: Moments, r: Reduction, counts: str) -> tuple:
+    """Adds up terms and counts over the devices, in one all-reduce.
+
+    Returns the terms, count, carry and the squares of weights.
+    """
     high, low = _limbs(m)
-    if even:
+    if counts == "alike":
         sizes = [len(group) for group in r.groups] or [lax.axis_size(r.names)]
         group = _groups_of(r)[lax.axis_index(r.names)] if r.groups else 0
         size = jnp.asarray(sizes, m.count.dtype)[group]
-        return _added_up(terms, r), *_join_limbs(high * size, low * size)
-    *terms, high, low = _added_up([*terms, high, low], r)
-    return terms, *_join_limbs(high, low)
+        terms, high, low = _added_up(terms, r), high * size, low * size
+        squares = None
+    else:
+        of_weights = [m.squares] if counts == "weights" else []
+        sums = _added_up([*terms, high, low, *of_weights], r)
+        terms, (high, low, *squares) = sums[: len(terms)], sums[len(terms) :]
+        squares = squares[0] if squares else None
+    return terms, *_join_limbs(high, low), squares
 
 
 def _added_up(terms: list, r: Reduction) -> list:
@@ -549,7 +797,7 @@ def _unpacked(packed: jax.Array, like: list, axis: int = 0) -> list:
     ]
 
 
-def average(terms: list, m: Moments, r: Reduction) -> list:
+def average(terms: list, count: jax.Array, r: Reduction) -> list:
     """Averages terms of the shape of x over a reduction, all in one all-reduce.
 
     Each average broadcasts against x, as the moments do; 0 where nothing was counted.
@@ -565,7 +813,154 @@ def average(terms: list, m: Moments, r: Reduction) -> list:
         terms = _added_up(terms, r)
     if r.group_axes:
         terms = [_axes.join_groups(t, r.group_axes, shape) for t in terms]
-    return [divided(t, m.count) for t in terms]
+    return [divided(t, count) for t in terms]
+
+
+class Kept(NamedTuple):
+    """What derivatives need of moments, and so what is kept for a backward pass."""
+
+    count: jax.Array
+    mean: jax.Array
+    rest: jax.Array
+    var: jax.Array
+
+
+def kept(m: Moments) -> Kept:
+    """Of moments, what derivatives need."""
+    return Kept(m.count, m.mean, m.rest, m.var)
+
+
+def distance(x: jax.Array, m: Any, centered: bool, use: int) -> jax.Array:
+    """``x - mean``, of values times `unit_of` the variance; one for each use of it.
+
+    With its own copies of small arrays: see `own`.
+    """
+    unit = unit_of(m.var)
+    x = product(x, own(unit, use))
+    if not centered:
+        return x
+    return added(
+        added(x, -own(product(unit, m.mean), use)), -own(product(unit, m.rest), use)
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _measured(x, where, r: Reduction, dtype: Any):
+    """Takes the moments of x, with the variance as `unit_of` says, and as users see it.
+
+    Args:
+      x: floating or complex, of rank 1 or more.
+      where: None, or boolean or weights, of the rank of x, broadcasting to it.
+      r: over what the moments are taken.
+      dtype: of the statistics.
+
+    Returns:
+      The moments, which broadcast against x, and their variance, inf where the dtype
+      cannot hold it. All may be differentiated, in forward and reverse mode, to any
+      order.
+    """
+    m = take(x, where, r, dtype)
+    return m, opened(m).var
+
+
+def _measured_jvp(r, dtype, primals, tangents):
+    x, where = primals
+    m, var = measured(x, where, r, dtype)
+    x_dot, where_dot = tangents_of(where, primals, tangents)
+    # A checkpoint keeps for the backward pass just what the map is given. The barrier
+    # of prevent_cse keeps XLA from sharing, and so storing, what both passes compute.
+    dots = jax.checkpoint(functools.partial(_tangent, r), prevent_cse=True)
+    *dots, var_dot, of_held = dots(x, where, kept(m), x_dot, where_dot)
+    return (m, var), (moments_dot(m, *dots, of_held), var_dot)
+
+
+_measured.defjvp(_measured_jvp, symbolic_zeros=True)
+
+# Compiled, so that a call outside of jit is one program; inlined, so that a call inside
+# is no boundary to XLA; and traced once for all calls alike.
+measured = jax.jit(_measured, static_argnums=(2, 3), inline=True)
+
+
+def tangents_of(where: jax.Array | None, primals: Any, tangents: Any) -> list:
+    """Tangents as arrays; None for those of a mask, which has none, and of weights that
+    are not differentiated, which then cost nothing.
+    """
+    *tangents, where_dot = tangents
+    if counts_of(where) != "weights" or isinstance(where_dot, SymbolicZero):
+        where_dot = None
+    arrays = [
+        jnp.zeros_like(a) if isinstance(t, SymbolicZero) else t
+        for a, t in zip(primals, tangents, strict=False)
+    ]
+    return [*arrays, where_dot]
+
+
+def moments_dot(m: Moments, mean_dot, count_dot, squares_dot, var_dot) -> Moments:
+    """The tangent of moments; that of a count, where None, is 0."""
+    count_dot, squares_dot = (
+        jnp.zeros_like(m.count) if a is None else a for a in (count_dot, squares_dot)
+    )
+    zeros = [jnp.zeros_like(a) for a in (m.carry, m.rest, m.var_rest)]
+    return Moments(count_dot, mean_dot, var_dot, *zeros, squares_dot)
+
+
+def _tangent(r, x, where, m, x_dot, where_dot):
+    """The derivative of moments, as a map that is linear in its last two arguments."""
+    x, x_dot = (widened(counted(v, where), m.var.dtype) for v in (x, x_dot))
+    c, *dots = dot_averages(r, x, where, m, None, x_dot, where_dot)
+    return *dots, *var_dots(m, c)
+
+
+def var_dots(m: Kept, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tangents of a variance as users see it, and of it as `unit_of` says.
+
+    From ``c = <Re(conj(x - mean) * x_dot)>``, of values times the unit.
+    """
+    unit = unit_of(m.var)
+    ones = jnp.ones_like(unit)
+    return 2 * c / unit, 2 * c * unit * jnp.where(m.var < 0, -ones, ones)
+
+
+def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
+    """What the derivatives of moments and of what they normalize are made of.
+
+        c = <Re(conj(x - mean) * x_dot)>, of values times the unit and a factor
+        a = <x_dot>
+
+    where <.> averages over the reduced axes and the devices, and an uncentered norm has
+    no a. Weights w make <.> = sum(w * .) / sum(w), and add to the averages
+
+        c: sum(w_dot * (|x - mean|**2 - var)) / sum(w) / 2
+        a: sum(w_dot * (x - mean)) / sum(w)
+
+    where they are not 0. Returns c, a, and the tangents of count and of the squares of
+    weights, None where weights have none.
+    """
+
+    def far(use):
+        far = distance(x, m, r.centered, use)
+        return far if factor is None else product(far, own(factor, use))
+
+    terms = [weighed(aligned(counted(far(1), where), x_dot), where)]
+    if r.centered:
+        terms.append(weighed(x_dot, where))
+    if where_dot is not None:
+        unit = unit_of(m.var)
+        w_dot = jnp.broadcast_to(where_dot.astype(m.var.dtype), x.shape)
+        w_dot = counted(w_dot, where)
+        spread = (squared(distance(x, m, r.centered, 3)) - jnp.abs(m.var)) * (
+            0.5 / unit
+        )
+        if factor is not None:
+            spread = spread * factor
+        terms[0] = terms[0] + spread * w_dot
+        if r.centered:
+            far_ = distance(x, m, r.centered, 4)
+            terms[1] = terms[1] + product(product(far_, 1 / unit), w_dot)
+        terms += [w_dot, weighed(2 * w_dot, where)]
+    c, *averages = average(terms, m.count, r)
+    a = averages.pop(0) if r.centered else jnp.zeros_like(m.mean)
+    return c, a, *([v * m.count for v in averages] or (None, None))
 
 
 def moments(
@@ -614,4 +1009,5 @@ def moments(
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     r = Reduction(axes, names=names, groups=groups)
     where = _check.where(name, where, x.shape)
-    return take(x, where, r, statistics_dtype(x))
+    m, var = measured(x, where, r, statistics_dtype(x))
+    return dataclasses.replace(m, var=var)

@@ -5,27 +5,33 @@ and its derivative.
 `normalize` is given its moments, which do not depend on x, and needs none.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from normjax import _axes, _check, _moments
 from normjax._moments import (
+    Kept,
     Moments,
     Reduction,
     added,
-    aligned,
-    average,
+    by_parts,
     counted,
+    distance,
+    dot_averages,
+    kept,
+    measured,
+    moments_dot,
     own,
     product,
-    squared,
-    weighed,
+    rstd_of,
+    tangents_of,
+    unit_of,
+    var_dots,
     widened,
 )
 
@@ -33,10 +39,6 @@ from normjax._moments import (
 # jax.checkpoint that saves them has no sum to take again, and nothing to send again
 # between devices, when it computes y anew.
 MOMENTS = "norm_moments"
-
-
-def _rstd(var: jax.Array, epsilon: float) -> jax.Array:
-    return lax.rsqrt(var + jnp.asarray(epsilon, var.dtype))
 
 
 def _small(x: jax.Array, *operands: jax.Array | None) -> bool:
@@ -48,10 +50,8 @@ def _small(x: jax.Array, *operands: jax.Array | None) -> bool:
 def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     """The formula, in the dtype of the moments; y is zero where nothing counts."""
     stat = m.var.dtype
-    y = widened(counted(x, where), stat)
-    if centered:
-        y = added(added(y, -own(m.mean, 3)), -own(m.rest, 3))
-    rstd = _rstd(m.var, epsilon)
+    y = distance(widened(counted(x, where), stat), m, centered, 5)
+    rstd = rstd_of(m.var, epsilon)
     if scale is None or _small(x, rstd, scale):
         factor = rstd if scale is None else product(rstd, widened(scale, stat))
         y = product(y, own(factor, 1))
@@ -79,39 +79,24 @@ def _standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any
       y and the moments, which broadcast against x. Both may be differentiated, in
       forward and reverse mode, to any order.
     """
-    m = _moments.take(x, where, r, _moments.statistics_dtype(x, dtype))
-    return _apply(x, m, scale, bias, where, epsilon, r.centered, dtype), m
+    m, var = measured(x, where, r, _moments.statistics_dtype(x, dtype))
+    y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
+    return y, dataclasses.replace(m, var=var)
 
 
 def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     x, scale, bias, where = primals
-    # The moments first, and y from them as named, so that y does not want them anew.
-    m = _standardize(x, None, None, where, r, epsilon, dtype)[1]
-    m = checkpoint_name(m, MOMENTS)
+    m, var = measured(x, where, r, _moments.statistics_dtype(x, dtype))
+    m, var = named((m, var))
     y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
-    *tangents, where_dot = tangents
-    # The tangent of weights that are not differentiated costs nothing; masks have none.
-    weights = where is not None and where.dtype != jnp.bool_
-    if not weights or isinstance(where_dot, SymbolicZero):
-        where_dot = None
-    tangents = [
-        jnp.zeros_like(a) if isinstance(t, SymbolicZero) else t
-        for a, t in zip((x, scale, bias), tangents, strict=True)
-    ]
+    tangents = tangents_of(where, primals, tangents)
     tangent = functools.partial(_tangent, r, epsilon, dtype)
     # A checkpoint keeps for the backward pass just what the map is given: x in its own
     # dtype, the mask, the moments and the parameters. The barrier of prevent_cse keeps
     # XLA from sharing, and so storing, what forward and backward both compute.
     tangent = jax.checkpoint(tangent, prevent_cse=True)
-    y_dot, mean_dot, var_dot, count_dot = tangent(
-        x, scale, bias, where, m, *tangents, where_dot
-    )
-    if count_dot is None:
-        count_dot = jnp.zeros_like(m.count)
-    m_dot = Moments(
-        count_dot, mean_dot, var_dot, jnp.zeros_like(m.carry), jnp.zeros_like(m.rest)
-    )
-    return (y, m), (y_dot, m_dot)
+    y_dot, *dots = tangent(x, scale, bias, where, kept(m), *tangents)
+    return (y, dataclasses.replace(m, var=var)), (y_dot, moments_dot(m, *dots))
 
 
 _standardize.defjvp(_standardize_jvp, symbolic_zeros=True)
@@ -119,6 +104,18 @@ _standardize.defjvp(_standardize_jvp, symbolic_zeros=True)
 # Compiled, so that a call outside of jit is one program; inlined, so that a call inside
 # is no boundary to XLA; and traced once for all calls alike.
 standardize = jax.jit(_standardize, static_argnums=(4, 5, 6), inline=True)
+
+
+def named(tree: Any) -> Any:
+    """Names moments that a norm keeps for its backward pass.
+
+    By parts: of a complex array jax 0.10 cannot keep a named one.
+    """
+
+    def name(part):
+        return checkpoint_name(part, MOMENTS)
+
+    return jax.tree.map(lambda a: by_parts(name, a), tree)
 
 
 def _tangent(
@@ -130,41 +127,21 @@ def _tangent(
         c     = <Re(conj(x_hat) * x_dot)>  var_dot  = 2 c / rstd
         y_dot = scale * rstd * (x_dot - a - x_hat * c) + x_hat * scale_dot + bias_dot
 
-    where <.> averages over the reduced axes and the devices, and an uncentered norm has
-    no a. Weights w make <.> = sum(w * .) / sum(w), and add to the averages
-
-        a: sum(w_dot * (x - mean)) / sum(w)
-        c: sum(w_dot * (|x - mean|**2 - var)) / sum(w) * rstd / 2
-
-    where they are not 0. JAX transposes the map, and that is reverse mode.
+    where <.> averages over the reduced axes and the devices: see `dot_averages`. JAX
+    transposes the map, and that is reverse mode.
     """
     stat = m.var.dtype
     x, x_dot = (widened(counted(v, where), stat) for v in (x, x_dot))
+    of_units = rstd_of(m.var, epsilon)
+    rstd = of_units * unit_of(m.var)
 
-    rstd = _rstd(m.var, epsilon)
+    def x_hat(use):  # one for each use, with its own copies: see `own`
+        return counted(
+            product(distance(x, m, r.centered, use), own(of_units, use)), where
+        )
 
-    def centered(use):  # one for each use, with its own copies: see `own`
-        return (x - own(m.mean, use)) - own(m.rest, use) if r.centered else x
-
-    def x_hat(use):
-        return counted(product(centered(use), own(rstd, use)), where)
-
-    terms = [weighed(aligned(x_hat(1), x_dot), where)]
-    if r.centered:
-        terms.append(weighed(x_dot, where))
-    count_dot = None
-    if where_dot is not None:
-        w_dot = counted(jnp.broadcast_to(where_dot.astype(stat), x.shape), where)
-        spread = (squared(centered(3)) - m.var) * (rstd / 2)
-        terms[0] = terms[0] + spread * w_dot
-        if r.centered:
-            terms[1] = terms[1] + product(centered(4), w_dot)
-        terms.append(w_dot)
-    averages = average(terms, m, r)
-    c = averages[0]
-    a = averages[1] if r.centered else jnp.zeros_like(m.mean)
-    if where_dot is not None:
-        count_dot = averages[-1] * m.count
+    c, a, *dots = dot_averages(r, x, where, m, of_units, x_dot, where_dot)
+    dots = [a, *dots, var_dots(m, c / of_units)[0]]
     if scale is not None:
         scale, scale_dot = widened(scale, stat), widened(scale_dot, stat)
     if bias is not None:
@@ -186,7 +163,7 @@ def _tangent(
         y_dot = added(product(scale, inner), product(x_hat(3), scale_dot))
         if bias is not None:
             y_dot = added(y_dot, bias_dot)
-    return counted(y_dot.astype(dtype), where), a, 2 * c / rstd, count_dot
+    return counted(y_dot.astype(dtype), where), *dots
 
 
 def normalize(
@@ -243,6 +220,6 @@ def normalize(
     mean = widened(lay("moments.mean", moments.mean), stat)
     var = lay("moments.var", moments.var).astype(stat)
     rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)
-    m = Moments(jnp.ones_like(var), mean, var, jnp.zeros_like(var), rest)
+    m = Kept(jnp.ones_like(var), mean, rest, var)
     epsilon = _check.epsilon(name, epsilon, stat)
     return _apply(x, m, scale, bias, where, epsilon, True, dtype)

@@ -202,7 +202,7 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
     )
     m = _moments.merge(m, batch)
     if r.names:
-        m = _moments.across_devices(m, r, even=where is None)
+        m = _moments.across_devices(m, r, _moments.counts_of(where))
     m = jax.tree.map(lambda a: _axes.features_of(a, features), m)
     return y.reshape(x.shape), m
 

@@ -285,7 +285,7 @@ def test_sync_counts_exactly_beyond_float32():
     def local(high, low):
         m = normjax.Moments(high, high * 0, high * 0, low)
         r = _moments.Reduction((0,), names=("d",))
-        return _moments.across_devices(m, r, even=False)
+        return _moments.across_devices(m, r, "mask")
 
     m = jax.vmap(local, axis_name="d", out_axes=None)(high, low)
     assert int(m.count[0]) + int(m.carry[0]) == 8 * (2**24 + 1)

@@ -390,7 +390,7 @@ def _one(norm: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
     if axis_name is None:
         m = _moments.merge(m, 0)
     else:
-        m = _moments.across_devices(m, Reduction((), names=axis_name), even=True)
+        m = _moments.across_devices(m, Reduction((), names=axis_name), "alike")
     merged = {
         "mean": jnp.broadcast_to(m.mean + m.rest, mean.shape).astype(mean.dtype),
         "var": jnp.broadcast_to(m.var, var.shape).astype(var.dtype),
