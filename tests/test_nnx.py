@@ -275,3 +275,16 @@ def test_groups_that_do_not_fit(groups):
     num_groups, group_size = groups
     with pytest.raises(ValueError, match=r"^GroupNorm: .*(must be set|must divide)"):
         nnx.GroupNorm(6, num_groups, group_size, rngs=flax.nnx.Rngs(0))
+
+
+def test_running_statistics_have_no_gradient():
+    """They are state, and what follows from it in a later step is no function of x."""
+    norm = nnx.BatchNorm(4, momentum=0.5, rngs=flax.nnx.Rngs(0))
+    graph, state = flax.nnx.split(norm)
+
+    def later(x):
+        norm = flax.nnx.merge(graph, state, copy=True)
+        norm(x)
+        return (norm.mean[...] + norm.var[...]).sum()
+
+    assert (jax.grad(later)(normal((8, 4))) == 0).all()
