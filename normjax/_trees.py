@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -55,7 +56,7 @@ def _state_dict(value: Any) -> dict[str, Any]:
     return {k: serialization.to_state_dict(getattr(value, k)) for k in names}
 
 
-def _from_state_dict(value: Any, state: dict[str, Any]) -> Any:
+def _from_state_dict(value: Any, state: Any) -> Any:
     """A value of the class with the arrays of a state dict.
 
     A field with a default may be missing, in a file of before it was there.
@@ -64,16 +65,20 @@ def _from_state_dict(value: Any, state: dict[str, Any]) -> Any:
 
     fields = {field.name: field for field in dataclasses.fields(value)}
     required = [k for k, f in fields.items() if f.default is dataclasses.MISSING]
-    missing = [k for k in required if k not in state]
-    unknown = [k for k in state if k not in fields]
-    if missing or unknown:
+    if isinstance(state, Mapping):
+        missing = [k for k in required if k not in state]
+        unknown = [k for k in state if k not in fields]
+        fault = f"missing: {missing}, unknown: {unknown}" if missing or unknown else ""
+    else:
+        fault = f"a {type(state).__name__}"
+    if fault:
         name = type(value).__name__
         raise _check.error(
             ValueError,
             name,
             f"a state dict must have the fields {', '.join(required)}",
-            f"missing: {missing}, unknown: {unknown}",
-            f"Pass the state dict of a {name}",
+            fault,
+            f"Pass the state dict of {name}",
         )
     found = {
         k: serialization.from_state_dict(getattr(value, k), a, name=k)

@@ -261,9 +261,12 @@ def test_a_state_dict_of_another_thing():
         serialization.from_state_dict(running, {**of_four, "scale": 1})
     assert str(caught.value) == (
         "RunningMoments: a state dict must have the fields count, mean, var, weight."
-        " Got missing: ['weight'], unknown: ['scale']. Pass the state dict of a"
+        " Got missing: ['weight'], unknown: ['scale']. Pass the state dict of"
         " RunningMoments."
     )
+    for other in (None, 3, np.ones(4)):
+        with pytest.raises(ValueError, match=f"Got a {type(other).__name__}. Pass the"):
+            serialization.from_state_dict({"a": moments(X)}, {"a": other})
 
 
 def test_running_moments_of_four_fields():
