@@ -121,7 +121,21 @@ def divisor(name: str, what: str, value: Any, axes: Any, of: str, shape: Any) ->
             f"{what}={value!r}",
             f"Pass {what}=32, say",
         )
+    value = int(value)
+    if value >= 1 and not isinstance(size, int):  # that jax.export leaves open
+        rest = size % value
+        if isinstance(rest, int) and rest == 0:
+            return value
+        raise _check.error(
+            ValueError,
+            name,
+            f"{what} must divide the number of {of}, whatever it is",
+            f"{what}={value}, x.shape={shape}",
+            f"Write {value}*n for the size in jax.export.symbolic_shape, or pass it"
+            f" constraints=('mod({size}, {value}) == 0',)",
+        )
     if value < 1 or size % value:
+        size = size if isinstance(size, int) else 1
         divisors = [d for d in range(1, size + 1) if size % d == 0]
         below = [d for d in divisors if d < value][-1:]
         above = [d for d in divisors if d > value][:1]
@@ -133,7 +147,7 @@ def divisor(name: str, what: str, value: Any, axes: Any, of: str, shape: Any) ->
             f"{what}={value}, x.shape={shape}",
             f"Nearest: {nearest}",
         )
-    return int(value)
+    return value
 
 
 def split_groups(a: jax.Array, axes: tuple[int, ...], num_groups: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """What the linen and the nnx modules share: from fields to arguments of a function."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from normjax import _axes, _check, _norms
 from normjax._moments import Moments, unbiased
-from normjax._running import blend
+from normjax._running import are_finite, blend, is_counted, one_more, part_of_new
 
 
 def flax_axes(name: str, axes: _axes.Axes, ndim: int, what: str) -> tuple[int, ...]:
@@ -132,16 +133,26 @@ class Statistics(NamedTuple):
       mean: running mean.
       var: running variance.
       count: how many updates counted a value; None where the module needs no count.
+      skipped: how many were left out; None where the module leaves none out.
     """
 
     mean: Any
     var: Any
     count: Any = None
+    skipped: Any = None
 
 
-def counts_updates(module: Any) -> bool:
-    """Whether the module has ``batch_stats/count``."""
-    return module.momentum is None or module.debias
+def counters(module: Any) -> list[str]:
+    """What the fields of the module add to the mean and the var of ``batch_stats``.
+
+    They are created in float32, like all of that collection, and stay in the dtype that
+    they are given in: one of integers counts on past 2**24.
+    """
+    needed = {
+        "count": module.momentum is None or module.debias,
+        "skipped": module.skip_nonfinite,
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
 def switches(module: Any, use_running_average: bool | None) -> tuple[bool, bool]:
@@ -184,7 +195,7 @@ def check_updated(running: Statistics, with_running: bool) -> None:
     """
     if running.count is None or not all(map(_check.is_concrete, running)):
         return
-    mean, var, count = map(np.asarray, running)
+    mean, var, count = map(np.asarray, running[:3])
     if count.any():
         return
     found = bool((mean != 0).any() or (var != 1).any())
@@ -210,7 +221,7 @@ def update(module: Any, old: Statistics, m: Moments, momentum: Any) -> Statistic
         debias=True     (1 - momentum) / (1 - momentum**t) of the new one, so that what
                         they started from has no part (https://arxiv.org/abs/1412.6980)
 
-    Nothing moves where nothing was counted.
+    Nothing moves where nothing was counted, or with ``skip_nonfinite`` nothing finite.
     """
     if momentum is None:
         momentum = module.momentum
@@ -222,31 +233,40 @@ def update(module: Any, old: Statistics, m: Moments, momentum: Any) -> Statistic
             f"momentum={momentum} in the call, momentum=None in the module",
             "Leave it out of the call, or give the module a momentum",
         )
-    count, counted = old.count, (m.count > 0).astype(m.count.dtype)
-    if count is not None:
-        count = count + counted.astype(count.dtype)
-        t = jnp.maximum(count, 1).astype(m.count.dtype)
-    if momentum is None:
-        momentum = 1 - 1 / t
-    else:
-        _check.momentum("BatchNorm", momentum)
-        if module.debias:
-            # 1 - momentum**t, without cancellation where momentum is near 1.
-            total = -jnp.expm1(t * jnp.log(jnp.asarray(momentum, t.dtype)))
-            later = 1 - (1 - momentum) / jnp.where(total > 0, total, 1)
-            # Not a rounding error of the start, which may be far above small variances.
-            first = (t == 1) & (total > 0)
-            momentum = jnp.where(first, jnp.zeros_like(later), later)
+    check_can_count(old)
     var, measured = m.var, m.count
     if module.running_variance == "unbiased":
         # Of a single value there is none, and what it would update stays as it is.
         var, there = unbiased(m)
         measured = m.count * there.astype(m.count.dtype)
+    counted, skipped = is_counted(m.count), old.skipped
+    if module.skip_nonfinite:
+        finite = are_finite(dataclasses.replace(m, var=var), old.mean, old.var)
+        skipped = one_more(skipped, counted & ~finite)
+        counted = counted & finite
+    count = None if old.count is None else one_more(old.count, counted)
+    part = _part(module, momentum, count, old.var.shape, m.count.dtype)
     return Statistics(
-        blend(old.mean, m.mean, momentum, m.count),
-        blend(old.var, var, momentum, measured),
+        blend(old.mean, m.mean, part, counted),
+        blend(old.var, var, part, counted & is_counted(measured)),
         count,
+        skipped,
     )
+
+
+def _part(module: Any, momentum: Any, count: Any, shape: tuple, dtype: Any) -> Any:
+    """The new moments' part of the running statistics, after ``count`` updates."""
+    t: Any = None if count is None else jnp.maximum(count, 1).astype(dtype)
+    if momentum is None:
+        return 1 / t
+    part = part_of_new("BatchNorm", momentum, shape, dtype)
+    if not module.debias:
+        return part
+    # 1 - momentum**t, without cancellation where momentum is near 1.
+    total = -jnp.expm1(t * jnp.log1p(-part))
+    later = part / jnp.where(total > 0, total, 1)
+    # Not a rounding error of the start, which may be far above small variances.
+    return jnp.where((t == 1) & (total > 0), jnp.ones_like(later), later)
 
 
 def along(running: Statistics, features: Sequence[int]) -> Statistics:
@@ -266,6 +286,45 @@ def frozen(value: Any) -> Any:
     return value
 
 
+def check_features(
+    module: Any, shape: tuple[int, ...], axes: Sequence[int], *statistics: Any
+) -> None:
+    """Refuses x of other features than an nnx module was made for.
+
+    Arrays that were replaced together, of pruned features, say, or pieces of them on
+    one device, say more than the field.
+    """
+    features = math.prod(shape[a] for a in axes)
+    arrays = [getattr(module, name, None) for name in ("scale", "bias")]
+    sizes = {math.prod(a.shape) for a in (*arrays, *statistics) if a is not None}
+    if features == module.num_features or sizes == {features}:
+        return
+    mapped = module.axis_name or jax.sharding.get_abstract_mesh().manual_axes
+    if not sizes and mapped and features and module.num_features % features == 0:
+        return
+    raise _check.error(
+        ValueError,
+        type(module).__name__,
+        "num_features must be the number of features of x",
+        f"num_features={module.num_features}, x.shape={shape} with {features} features"
+        f" along axes {tuple(axes)}",
+        f"Pass num_features={features}, or x as the module was made for",
+    )
+
+
+def set_too_late(module: Any, field: str, value: Any) -> Exception:
+    """The error for a field that only says at construction what is created."""
+    parameter = field.removeprefix("use_")
+    variable = f"nnx.Param(jnp.ones(({module.num_features},)))" if value else "None"
+    return _check.error(
+        ValueError,
+        type(module).__name__,
+        f"{field} says at construction whether there is a {parameter}",
+        f"{field}={value}, set later",
+        f"Set norm.{parameter} = {variable}",
+    )
+
+
 def check_statistics(old: Statistics, features: Sequence[int]) -> None:
     """Refuses running statistics of another shape than the features have."""
     shapes = {k: jnp.shape(a) for k, a in old._asdict().items() if a is not None}
@@ -278,6 +337,23 @@ def check_statistics(old: Statistics, features: Sequence[int]) -> None:
             + f", features {tuple(features)}",
             "Pass the batch_stats of this model",
         )
+
+
+def check_can_count(old: Statistics) -> None:
+    """Refuses counters, of a model cast as a whole, that soon would stand still."""
+    for name in ("count", "skipped"):
+        counter = getattr(old, name)
+        if counter is None or jnp.issubdtype(counter.dtype, jnp.integer):
+            continue
+        most = round(2 / float(jnp.finfo(counter.dtype).eps))
+        if most < 2**24:
+            raise _check.error(
+                ValueError,
+                "BatchNorm",
+                f"batch_stats/{name} must be at least float32, or an integer",
+                f"{counter.dtype}, which counts no further than {most}",
+                f"Pass batch_stats with {name}.astype(jnp.float32)",
+            )
 
 
 def missing_statistics(path: tuple[str, ...], name: str) -> Exception:
@@ -293,14 +369,27 @@ def missing_statistics(path: tuple[str, ...], name: str) -> Exception:
     )
 
 
-def missing_count(path: tuple[str, ...], features: Sequence[int]) -> Exception:
-    """The error for statistics of a checkpoint whose updates were not counted."""
-    name = "/".join((*path, "count"))
+def missing_counter(
+    path: tuple[str, ...], counter: str, features: Sequence[int]
+) -> Exception:
+    """The error for statistics of a checkpoint without a counter that is needed."""
+    name, shape = "/".join((*path, counter)), tuple(features)
+    rule, values, otherwise = {
+        "count": (
+            "momentum=None and debias=True need the number of updates so far",
+            f"jnp.full({shape}, updates_so_far, jnp.float32)",
+            "momentum and debias=False",
+        ),
+        "skipped": (
+            "skip_nonfinite=True needs the number of updates left out so far",
+            f"jnp.zeros({shape}, jnp.float32)",
+            "skip_nonfinite=False",
+        ),
+    }[counter]
     return _check.error(
         ValueError,
         "BatchNorm",
-        "momentum=None and debias=True need the number of updates so far",
+        rule,
         f"batch_stats/{'/'.join((*path, 'mean'))} and no batch_stats/{name}",
-        f"Add batch_stats/{name} = jnp.full({tuple(features)}, updates_so_far,"
-        " jnp.float32), or set momentum and debias=False",
+        f"Add batch_stats/{name} = {values}, or set {otherwise}",
     )

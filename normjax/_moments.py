@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from normjax import _axes, _check
+from normjax import _axes, _check, _trees
 
 # Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
 # row for each device; above, in two all-reduces of one row each.
@@ -30,7 +30,7 @@ _LIMB = 4096
 _SUMMED = 2.0**-32
 
 
-@jax.tree_util.register_dataclass
+@_trees.tree
 @dataclasses.dataclass(frozen=True)
 class Moments:
     """How many values there were, their mean, and their mean squared distance from it.
@@ -73,6 +73,7 @@ class Moments:
     squares: Any = None
 
     def __post_init__(self):
+        _trees.tell_flax()
         # Left out, they become arrays like the others, so that moments built by hand
         # can be mapped, stacked and carried through a scan.
         for name, of in (("carry", "count"), ("rest", "mean"), ("var_rest", "var")):

@@ -7,24 +7,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import _check
-from normjax._moments import Moments, added, product, uniform, widened
+from normjax import _check, _trees
+from normjax._moments import Moments, added, by_parts, product, uniform, widened
+from normjax._moments import counted as zeroed
 
 
-def blend(old: jax.Array, new: jax.Array, momentum: Any, count: jax.Array) -> jax.Array:
-    """``momentum * old + (1 - momentum) * new``, and old where nothing was counted.
+def blend(old: jax.Array, new: jax.Array, part: Any, counted: jax.Array) -> jax.Array:
+    """``(1 - part) * old + part * new`` where ``counted``, and else old.
 
-    In the dtype of old, which a complex new value makes complex.
+    In the dtype of old, which a complex new value makes complex. A new value that is
+    not counted leaves no trace, NaN neither.
     """
-    part = (1 - momentum) * (count > 0).astype(count.dtype)
-    kept = product(1 - part, widened(old, count.dtype))
-    blended = added(kept, product(part, widened(new, count.dtype)))
+    dtype = jnp.promote_types(jnp.finfo(old.dtype).dtype, jnp.finfo(new.dtype).dtype)
+    part = jnp.asarray(part, dtype) * counted.astype(dtype)
+    kept = 1 - part
+    lost = (1 - kept) - part  # since kept is rounded to the digits of 1
+    wide = widened(old, dtype)
+    new = product(part, widened(zeroed(new, counted), dtype))
+    # Infinity is kept, not multiplied by nothing.
+    rest = product(lost, zeroed(wide, jnp.isfinite(wide)))
+    blended = added(product(kept, wide), added(rest, new))
     if jnp.iscomplexobj(blended) != jnp.iscomplexobj(old):
         return blended
     return blended.astype(old.dtype)
 
 
-@jax.tree_util.register_dataclass
+def part_of_new(name: str, momentum: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns ``1 - momentum``, which may be less than the digits of 1 can tell."""
+    momentum = _check.momentum(name, momentum)
+    of = jnp.shape(momentum)
+    if len(of) > len(shape) or any(
+        n not in (1, size) for n, size in zip(of[::-1], shape[::-1], strict=False)
+    ):
+        raise _check.error(
+            ValueError,
+            name,
+            "momentum must be one number, or one for each channel",
+            f"momentum of shape {of}, statistics of shape {shape}",
+            f"Pass a float, or an array of shape {shape}",
+        )
+    if isinstance(momentum, jax.Array):
+        return 1 - momentum.astype(dtype)
+    return jnp.asarray(1 - np.asarray(momentum, np.float64), dtype)
+
+
+def is_counted(count: jax.Array) -> jax.Array:
+    """Whether an update counted something; NaN, which must not be lost, is so, too."""
+    return ~(count <= 0)
+
+
+def one_more(count: jax.Array, where: jax.Array) -> jax.Array:
+    """Counts on where something was counted, up to what the dtype can count."""
+    if jnp.issubdtype(count.dtype, jnp.integer):
+        where = where & (count != count.dtype.type(jnp.iinfo(count.dtype).max))
+    return count + where.astype(count.dtype)
+
+
+def are_finite(m: Moments, mean: jax.Array, var: jax.Array) -> jax.Array:
+    """Whether moments are finite, in the dtypes of running ones as well."""
+
+    def fits(new: jax.Array, old: jax.Array) -> jax.Array:
+        dtype = jnp.finfo(old.dtype).dtype
+        return jnp.isfinite(by_parts(lambda part: part.astype(dtype), new))
+
+    return fits(m.mean, mean) & fits(m.var, var) & jnp.isfinite(m.count)
+
+
+@_trees.tree
 @dataclasses.dataclass(frozen=True)
 class RunningMoments:
     """An exponential average of moments, without the bias of its start.
@@ -40,6 +89,7 @@ class RunningMoments:
       mean: average mean.
       var: average variance.
       weight: sum of the weights so far, from 0 before any update towards 1.
+      skipped: how many updates were left out with ``skip_nonfinite``, of each channel.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -55,6 +105,13 @@ class RunningMoments:
     mean: jax.Array
     var: jax.Array
     weight: jax.Array
+    skipped: jax.Array | float = 0.0
+
+    def __post_init__(self):
+        _trees.tell_flax()
+        # Left out, it becomes an array like the others, as in Moments.
+        if isinstance(self.skipped, float) and hasattr(self.weight, "dtype"):
+            object.__setattr__(self, "skipped", jnp.zeros_like(self.weight))
 
     @classmethod
     def init(cls, shape: Any, dtype: Any = jnp.float32) -> "RunningMoments":
@@ -82,22 +139,28 @@ class RunningMoments:
                 "Leave dtype out",
             )
         zeros = jnp.zeros(shape, jnp.finfo(dtype).dtype)
-        return cls(zeros, zeros.astype(dtype), zeros, zeros)
+        return cls(zeros, zeros.astype(dtype), zeros, zeros, zeros)
 
-    def update(self, m: Moments, momentum: Any = 0.99) -> "RunningMoments":
+    def update(
+        self, m: Moments, momentum: Any = 0.99, *, skip_nonfinite: bool = False
+    ) -> "RunningMoments":
         """Returns the running moments after one more update.
 
         Args:
           m: moments of the same shape. Where their count is 0, nothing moves.
           momentum: the part of the OLD value that is kept, in [0, 1], as in Flax;
-            PyTorch's is one minus it. It may differ from call to call.
+            PyTorch's is one minus it. It may differ from call to call, and from channel
+            to channel.
+          skip_nonfinite: whether to leave out, channel by channel, an update that is
+            infinite or NaN, and to count it in ``skipped``. Otherwise it makes the
+            running moments of its channel infinite or NaN for good, as in Flax.
 
         Returns:
           New running moments; these do not change.
 
         Raises:
           TypeError: if the mean of ``m`` is complex and the running one is not.
-          ValueError: if the shapes differ or a concrete momentum is outside [0, 1].
+          ValueError: if shapes do not fit or a concrete momentum is outside [0, 1].
 
         Example:
           >>> import jax.numpy as jnp, normjax
@@ -105,7 +168,6 @@ class RunningMoments:
           >>> normjax.RunningMoments.init((1,)).update(m, momentum=0.9).mean
           Array([4.], dtype=float32)
         """
-        momentum = _check.momentum("RunningMoments.update", momentum)
         if m.shape != self.mean.shape:
             raise _check.error(
                 ValueError,
@@ -126,16 +188,24 @@ class RunningMoments:
                 f"={self.mean.dtype}",
                 "Start with RunningMoments.init(shape, jnp.complex64)",
             )
-        momentum = jnp.asarray(momentum, self.weight.dtype)
-        weight = blend(self.weight, jnp.ones_like(self.weight), momentum, m.count)
+        part = part_of_new(
+            "RunningMoments.update", momentum, self.mean.shape, self.weight.dtype
+        )
+        counted, skipped = is_counted(m.count), jnp.asarray(self.skipped)
+        if skip_nonfinite:
+            finite = are_finite(m, self.mean, self.var)
+            skipped = one_more(skipped, counted & ~finite)
+            counted = counted & finite
+        weight = blend(self.weight, jnp.ones_like(self.weight), part, counted)
         # The new value's part of the new total: 1 at the first update, which then
         # replaces the zeros of the start exactly.
-        part = (1 - momentum) / jnp.where(weight > 0, weight, 1)
+        part = part / jnp.where(weight > 0, weight, 1)
         return RunningMoments(
-            count=blend(self.count, m.count, 1 - part, m.count),
-            mean=blend(self.mean, m.mean, 1 - part, m.count),
-            var=blend(self.var, m.var, 1 - part, m.count),
+            count=blend(self.count, m.count, part, counted),
+            mean=blend(self.mean, m.mean, part, counted),
+            var=blend(self.var, m.var, part, counted),
             weight=weight,
+            skipped=skipped,
         )
 
     def read(self) -> Moments:

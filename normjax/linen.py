@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Axes, Dtype, Initializer
 
-from normjax import _axes, _check, _fused, _module, _norms
+from normjax import _axes, _check, _fused, _module, _norms, _trees
 
 __all__ = [
     "AddLayerNorm",
@@ -25,6 +25,7 @@ __all__ = [
     "RMSNorm",
 ]
 
+_trees.tell_flax()
 _ones = nn.initializers.ones
 _zeros = nn.initializers.zeros
 
@@ -56,27 +57,24 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
     }
 
 
-def _statistics(module: nn.Module, x: Any, axes: tuple[int, ...]) -> list:
+def _statistics(module: nn.Module, x: Any, axes: tuple[int, ...]) -> dict:
     """The variables of the running statistics; creates them while initializing."""
     features = [x.shape[a] for a in axes]
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
     of_mean = jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype
     start = {"mean": (jnp.zeros, of_mean), "var": (jnp.ones, dtype)}
-    if _module.counts_updates(module):
-        start["count"] = (jnp.zeros, jnp.float32)
+    start |= {name: (jnp.zeros, jnp.float32) for name in _module.counters(module)}
     if not module.is_initializing():
-        there = [module.has_variable("batch_stats", name) for name in start]
-        if there == [True, True, False]:
-            raise _module.missing_count(module.path, features)
-        if not all(there):
-            raise _module.missing_statistics(
-                module.path, list(start)[there.index(False)]
-            )
-    variables = [
-        module.variable("batch_stats", name, create, features, of)
+        missing = [k for k in start if not module.has_variable("batch_stats", k)]
+        if missing and {"mean", "var"} & {*missing}:
+            raise _module.missing_statistics(module.path, missing[0])
+        if missing:
+            raise _module.missing_counter(module.path, missing[0], features)
+    variables = {
+        name: module.variable("batch_stats", name, create, features, of)
         for name, (create, of) in start.items()
-    ]
-    values = _module.Statistics(*(v.value for v in variables))
+    }
+    values = _module.Statistics(**{k: v.value for k, v in variables.items()})
     _module.check_statistics(values, features)
     return variables
 
@@ -127,6 +125,9 @@ class BatchNorm(nn.Module):
       virtual_batch_size: how many neighbouring samples are normalized by moments of
         their own, while the running statistics follow all of them: ghost batches,
         https://arxiv.org/abs/1705.08741. None: the whole batch together.
+      skip_nonfinite: whether to leave out, channel by channel, an update of the running
+        statistics that is infinite or NaN, and to count it in ``batch_stats/skipped``,
+        which this adds. Otherwise one such batch ruins them for good, as in Flax.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -161,6 +162,7 @@ class BatchNorm(nn.Module):
     mask_is_weight: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
     virtual_batch_size: int | None = None
+    skip_nonfinite: bool = False
 
     @nn.compact
     def __call__(
@@ -184,8 +186,8 @@ class BatchNorm(nn.Module):
           The output, of the shape of ``x``.
 
         Raises:
-          ValueError: if ``batch_stats`` or its count is not among the variables outside
-            of init, fields contradict each other, or shapes do not fit.
+          ValueError: if ``batch_stats`` or a count of it is not among the variables,
+            outside of init, fields contradict each other, or shapes do not fit.
         """
         if self.use_running_average is not None or use_running_average is not None:
             use_running_average = nn.merge_param(
@@ -195,7 +197,7 @@ class BatchNorm(nn.Module):
         x = _check.inexact("BatchNorm", x)
         axes = _module.flax_axes("BatchNorm", self.axis, x.ndim, "axis")
         variables = _statistics(self, x, axes)
-        running = _module.Statistics(*(v.value for v in variables))
+        running = _module.Statistics(**{k: v.value for k, v in variables.items()})
         if not self.is_initializing():
             _module.check_updated(running, with_running)
 
@@ -207,8 +209,8 @@ class BatchNorm(nn.Module):
         )
         if update and not self.is_initializing():
             running = _module.update(self, running, m, momentum)
-            for variable, value in zip(variables, running, strict=False):
-                variable.value = value
+            for name, variable in variables.items():
+                variable.value = getattr(running, name)
         return y
 
 

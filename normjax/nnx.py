@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 
-from normjax import _axes, _check, _fused, _module, _norms
+from normjax import _axes, _check, _fused, _module, _norms, _trees
 
 __all__ = [
     "AddLayerNorm",
@@ -28,7 +29,10 @@ __all__ = [
     "RMSNorm",
 ]
 
+_trees.tell_flax()
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+# Fields that may be given as lists, which nnx would take for state.
+_STATIC = {"axis", "axis_name", "axis_index_groups", "reduction_axes", "feature_axes"}
 _promote = promote_dtype
 _ones = nnx.initializers.ones_init()
 _zeros = nnx.initializers.zeros_init()
@@ -65,7 +69,16 @@ class _Norm(nnx.Module):
                 parameter = nnx.Param(value, **metadata)
             setattr(self, name, parameter)
         for name, value in fields.items():
-            setattr(self, name, _module.frozen(value))
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field; refuses what only says at construction what is created."""
+        parameter = name.removeprefix("use_")
+        if name in ("use_scale", "use_bias") and hasattr(self, parameter):
+            there = getattr(self, parameter) is not None
+            if there != bool(value):
+                raise _module.set_too_late(self, name, value)
+        super().__setattr__(name, _module.frozen(value) if name in _STATIC else value)
 
     def _arguments(
         self, x: jax.Array, axes: tuple[int, ...], mask: Any, *statistics: jax.Array
@@ -76,6 +89,7 @@ class _Norm(nnx.Module):
         ``promote_dtype`` makes of all operands; x is not cast before its moments.
         """
         name = type(self).__name__
+        _module.check_features(self, x.shape, axes, *statistics)
         variables = {k: getattr(self, k) for k in ("scale", "bias") if hasattr(self, k)}
         parameters = {k: None if v is None else v[...] for k, v in variables.items()}
 
@@ -99,6 +113,18 @@ class _Norm(nnx.Module):
             "activation": self.activation,
             **_module.devices(self),
         }
+
+
+def _store(variable: nnx.Variable, value: jax.Array) -> None:
+    """Gives a variable a new value, in its shape, and changes no array of others."""
+    value = jax.lax.stop_gradient(value.reshape(variable.shape))
+    # Not in its place: a NumPy array, which would be written to, and the first complex
+    # mean, whose imaginary part has no place yet.
+    is_numpy = isinstance(variable.get_raw_value(), np.ndarray)
+    if is_numpy or value.dtype != variable.dtype:
+        variable.set_value(value)
+    else:
+        variable[...] = value
 
 
 class BatchNorm(_Norm):
@@ -151,6 +177,9 @@ class BatchNorm(_Norm):
       virtual_batch_size: how many neighbouring samples are normalized by moments of
         their own, while the running statistics follow all of them: ghost batches,
         https://arxiv.org/abs/1705.08741. None: the whole batch together.
+      skip_nonfinite: whether to leave out, channel by channel, an update of the running
+        statistics that is infinite or NaN, and to count it in the state ``skipped``,
+        which this adds. Otherwise one such batch ruins them for good, as in Flax.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,6 +194,7 @@ class BatchNorm(_Norm):
     mean: nnx.BatchStat[jax.Array]
     var: nnx.BatchStat[jax.Array]
     count: nnx.BatchStat[jax.Array] | None
+    skipped: nnx.BatchStat[jax.Array] | None
     bias: nnx.Param[jax.Array] | None
     use_running_average: bool | None
     axis: Axes
@@ -174,6 +204,7 @@ class BatchNorm(_Norm):
     debias: bool
     running_variance: str
     virtual_batch_size: int | None
+    skip_nonfinite: bool
 
     def __init__(
         self,
@@ -204,13 +235,27 @@ class BatchNorm(_Norm):
         mask_is_weight: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         virtual_batch_size: int | None = None,
+        skip_nonfinite: bool = False,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
         self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32))
         self.count = nnx.data(None)
-        if _module.counts_updates(self):
-            self.count = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
+        self.skipped = nnx.data(None)
+        self._add_counters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field, and adds the counters that it asks for."""
+        super().__setattr__(name, value)
+        fields = ("momentum", "debias", "skip_nonfinite")
+        if name in fields and hasattr(self, "skipped"):
+            self._add_counters()
+
+    def _add_counters(self) -> None:
+        for name in _module.counters(self):
+            if getattr(self, name) is None:
+                zeros = jnp.zeros(self.mean.shape, jnp.float32)
+                setattr(self, name, nnx.BatchStat(zeros))
 
     def __call__(
         self,
@@ -241,9 +286,13 @@ class BatchNorm(_Norm):
         with_running, update = _module.switches(self, use_running_average)
         x = _check.inexact("BatchNorm", x)
         axes = _module.flax_axes("BatchNorm", self.axis, x.ndim, "axis")
-        variables = [self.mean, self.var] + ([] if self.count is None else [self.count])
-        running = _module.Statistics(*(v[...] for v in variables))
-        _module.check_updated(running, with_running)
+        self._add_counters()
+        variables = [getattr(self, name) for name in _module.Statistics._fields]
+        running = _module.Statistics(
+            *(None if v is None else v[...] for v in variables)
+        )
+        if "count" in _module.counters(self):
+            _module.check_updated(running, with_running)
 
         arguments = self._arguments(x, axes, mask, running.mean, running.var)
         arguments["virtual_batch_size"] = self.virtual_batch_size
@@ -253,12 +302,9 @@ class BatchNorm(_Norm):
         )
         if update:
             running = _module.update(self, running, m, momentum)
-            for variable, value in zip(variables, running, strict=False):
-                value = jax.lax.stop_gradient(value.reshape(variable.shape))
-                if value.dtype == variable.dtype:
-                    variable[...] = value
-                else:  # the first complex mean, whose imaginary part has no place yet
-                    variable.set_value(value)
+            for variable, value in zip(variables, running, strict=True):
+                if variable is not None:
+                    _store(variable, value)
         return y
 
     def set_view(
@@ -615,6 +661,17 @@ class GroupNorm(_Norm):
         group_size = num_features // num_groups
         self._create(**{k: v for k, v in locals().items() if k != "self"})
         self.feature_axis = -1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field; num_groups and group_size follow one another."""
+        if name not in ("num_groups", "group_size") or value is None:
+            return super().__setattr__(name, value)
+        of, features = "GroupNorm", (self.num_features,)
+        if name == "group_size":
+            value = _module.flax_groups(None, value, features)
+        value = _axes.divisor(of, "num_groups", value, (0,), "features", features)
+        super().__setattr__("num_groups", value)
+        super().__setattr__("group_size", self.num_features // value)
 
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
         """Normalizes ``x``.

@@ -18,6 +18,7 @@ PACKAGE = pathlib.Path(normjax.__file__).parent
 ORDER = {
     "_check": 0,
     "_axes": 1,
+    "_trees": 1,
     "_moments": 2,
     "_normalize": 3,
     "_norms": 4,

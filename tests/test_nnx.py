@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import mesh
+from jax.sharding import PartitionSpec as P
 from systems import NAMES, Nnx
 
 from normjax import linen, nnx
@@ -62,6 +64,7 @@ def test_arguments_are_flaxs(name):
                         "debias",
                         "running_variance",
                         "virtual_batch_size",
+                        "skip_nonfinite",
                     ),
                     *("missing_axis", "mask_is_weight", "activation"),
                 },
@@ -210,15 +213,61 @@ def test_view_sets_the_switches():
     assert "update_statistics" in flax.nnx.view_info(norm)
 
 
-def test_number_of_features_that_x_does_not_have():
-    x = normal((4, 5))
+@pytest.mark.parametrize("parameters", [True, False])
+@pytest.mark.parametrize("name", nnx.__all__)
+def test_number_of_features_that_x_does_not_have(name, parameters):
+    """Without parameters, too: a group norm has promised groups of a size."""
+    fields = {"num_groups": 4} if name == "GroupNorm" else {}
+    for field in ("use_scale", "use_bias")[: 1 if "RMS" in name else 2]:
+        fields[field] = parameters
+    norm = getattr(nnx, name)(8, rngs=flax.nnx.Rngs(0), **fields)
+    x = normal((4, 5, 16))
+    residual = (x,) if name.startswith("Add") else ()
     with pytest.raises(ValueError) as caught:
-        nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))(x)
-    assert "(5,)" in str(caught.value) and "(3,)" in str(caught.value)
-    for name in ("LayerNorm", "RMSNorm", "InstanceNorm"):
-        with pytest.raises(ValueError) as caught:
-            getattr(nnx, name)(3, rngs=flax.nnx.Rngs(0))(x[None])
-        assert str(caught.value).startswith(f"{name}: scale must have shape (5,)")
+        norm(x, *residual)
+    assert str(caught.value) == (
+        f"{name}: num_features must be the number of features of x. Got num_features=8,"
+        " x.shape=(4, 5, 16) with 16 features along axes (2,). Pass num_features=16, or"
+        " x as the module was made for."
+    )
+    norm(x[..., :8], *(r[..., :8] for r in residual))
+
+
+def test_features_that_were_pruned_with_all_their_arrays():
+    """The arrays say what a module is for, and not a number that nobody changed."""
+    norm = nnx.BatchNorm(8, rngs=flax.nnx.Rngs(0))
+    for name in ("scale", "bias", "mean", "var"):
+        variable = getattr(norm, name)
+        variable.set_value(variable[...][:5])
+    assert norm(normal((4, 5))).shape == (4, 5)
+    with pytest.raises(ValueError, match=r"^BatchNorm: num_features must be"):
+        norm(normal((4, 6)))
+
+
+@pytest.mark.parametrize("parameters", [True, False])
+def test_features_that_are_divided_over_devices(parameters):
+    """Each device has a piece of them, and of the parameters, if there are any."""
+    norm = nnx.LayerNorm(
+        8,
+        use_scale=parameters,
+        use_bias=parameters,
+        axis_name="d",
+        rngs=flax.nnx.Rngs(0),
+    )
+    graph, state = flax.nnx.split(norm)
+    x = normal((4, 8))
+
+    def piece(state, x):
+        return flax.nnx.merge(graph, state)(x)
+
+    pieces = jax.shard_map(
+        piece,
+        mesh=mesh((4,), ("d",)),
+        in_specs=(P("d"), P(None, "d")),
+        out_specs=P(None, "d"),
+    )
+    want = nnx.LayerNorm(8, rngs=flax.nnx.Rngs(0))(x)
+    np.testing.assert_allclose(pieces(state, x), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [(32, 4), (None, None), (5, None), (None, 4)])
@@ -226,3 +275,16 @@ def test_groups_that_do_not_fit(groups):
     num_groups, group_size = groups
     with pytest.raises(ValueError, match=r"^GroupNorm: .*(must be set|must divide)"):
         nnx.GroupNorm(6, num_groups, group_size, rngs=flax.nnx.Rngs(0))
+
+
+def test_running_statistics_have_no_gradient():
+    """They are state, and what follows from it in a later step is no function of x."""
+    norm = nnx.BatchNorm(4, momentum=0.5, rngs=flax.nnx.Rngs(0))
+    graph, state = flax.nnx.split(norm)
+
+    def later(x):
+        norm = flax.nnx.merge(graph, state, copy=True)
+        norm(x)
+        return (norm.mean[...] + norm.var[...]).sum()
+
+    assert (jax.grad(later)(normal((8, 4))) == 0).all()

@@ -276,6 +276,21 @@ def test_one_definition_serves_one_device_and_many(system):
 
 
 @both
+def test_sub_groups_of_several_axes_need_all_of_them(system):
+    """Their numbers count the devices of all, one that is missing among them."""
+    groups = [[0, 1], [2, 3]]
+    fields = {"axis_index_groups": groups, "missing_axis": "ignore"}
+
+    def step(x):
+        norm = system("BatchNorm", x, axis_name=("d", "e"), **fields)
+        return norm(x, use_running_average=False)
+
+    x = batches(1, (8, 3))[0].reshape(4, 2, 3)
+    with pytest.raises(ValueError, match="axis_name='e'; the mesh in use has no axes"):
+        jax.vmap(step, axis_name="d")(x)
+
+
+@both
 def test_sub_groups_of_devices_are_batches_of_their_own(system):
     groups = [[0, 2, 5], [1], [3, 4, 6, 7]]
     x = batches(1, (16, 3))[0].reshape(8, 2, 3)

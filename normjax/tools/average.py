@@ -148,7 +148,7 @@ def _averaged(tree: Any) -> Any:
     def averaged(keys: tuple, a: jax.Array) -> bool:
         path = path_of(keys)
         counts = any(  # a count beside a mean and a var, in nnx of variables
-            path[i:][:1] == ("count",)
+            path[i:][:1] in (("count",), ("skipped",))
             and {(*path[:i], n, *path[i:][1:]) for n in ("mean", "var")} <= names
             for i in (-1, -2)
         )

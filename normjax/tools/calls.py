@@ -295,7 +295,7 @@ def watched(model: Any) -> Any:
     """
     from flax import nnx
 
-    model = nnx.clone(model)
+    model = models.nnx_copy(model)
     norms = [m for _, m in models.nnx_modules(model) if _is_batch_norm(m)]
     if not any(_updates(m) for m in norms):
         model.train()
@@ -552,7 +552,8 @@ def stepped(step: Callable, model: Any, variables: Any) -> tuple[dict, Any, Any]
         from flax import nnx
 
         copy = watched(model)
-        before = jax.device_get(nnx.state(copy, nnx.BatchStat))
+        # Of NumPy arrays, too, which a step may write to.
+        before = jax.device_get(jax.tree.map(jnp.copy, nnx.state(copy, nnx.BatchStat)))
         with watching_nnx("own") as watch:
             step(copy)
         return watch.seen, before, nnx.state(copy, nnx.BatchStat)

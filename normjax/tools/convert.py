@@ -256,6 +256,8 @@ def _their_name(
                 prefix, parts = names["/".join(parts[:n])], parts[n:]
                 break
     last = library.leaf(leaf, leaves)
+    if leaf == "skipped" and {"mean", "var"} <= leaves:  # no other library counts them
+        last = None
     if last is None:
         return None
     rest = [f"{library.within}{part}" for part in parts]
@@ -358,11 +360,12 @@ def _filled(
     _check_names(name, places, weights.keys())
     arrays, faults = [], []
     for place in places:
-        a = count
+        a = count if place.leaf == "count" else 0
         if place.theirs is not None:
             a = array_of(name, "weights", place.theirs, weights[place.theirs])
         a = np.asarray(a)
-        wanted = () if place.leaf == "count" else _their_shape(place)
+        is_one = place.leaf == "count" or place.theirs is None
+        wanted = () if is_one else _their_shape(place)
         if a.shape != wanted and not place.alike(a.shape, wanted):
             faults.append(
                 f"{place.path} of shape {place.shape}, {place.theirs!r} of shape"
@@ -377,7 +380,7 @@ def _filled(
 
 def _as_ours(name: str, place: _Place, a: np.ndarray, factor: Any) -> jax.Array:
     got = f"{place.path} of {place.dtype}, {place.theirs!r} of {a.dtype}"
-    if place.leaf == "count":
+    if place.leaf == "count" or place.theirs is None:
         _check_updates(name, place, a)
         a = np.broadcast_to(a.astype(place.dtype), place.shape)
     else:

@@ -282,7 +282,7 @@ class _Beside:
             self._stack(i, v)
             for i in (norm_number, *numbers)
             for v in self.traced.calls[i].variables
-            if v != "count"
+            if v not in ("count", "skipped")
         }
         if len(stacks) > 1:
             return f"it and {name} are not stacked alike"

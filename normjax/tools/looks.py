@@ -15,7 +15,14 @@ import numpy as np
 
 from normjax import _check, _module, _moments
 from normjax._moments import Moments
-from normjax.tools.models import flat, kind_of, nnx_modules, substituted, system_of
+from normjax.tools.models import (
+    flat,
+    kind_of,
+    nnx_copy,
+    nnx_modules,
+    substituted,
+    system_of,
+)
 
 # Names of a variable that a model is given, and of a collection that it never has.
 _SEEN = "normjax_seen"
@@ -343,9 +350,7 @@ def _other(module: Any) -> list:
 
 def _with_taps(model: Any) -> Any:
     """A copy of an nnx model whose norms also keep what they see."""
-    from flax import nnx
-
-    model = nnx.clone(model)
+    model = nnx_copy(model)
     for path, module in list(nnx_modules(model)):
         if kind := kind_of(module):
             module.normjax_path = tuple(map(str, path))

@@ -312,6 +312,20 @@ def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:
     )
 
 
+def nnx_copy(model: Any) -> Any:
+    """A copy of an nnx model that can be changed, and shares nothing that could be.
+
+    Flax's modules write into NumPy arrays, of restored state, in their place.
+    """
+    from flax import nnx
+
+    def own(a: Any) -> Any:
+        return a.copy() if isinstance(a, np.ndarray) else a
+
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(own, state), copy=True)
+
+
 def nnx_replaced(
     model: Any, swap: Callable[[tuple, Any], Any], name: str = "replace"
 ) -> Any:
@@ -325,7 +339,7 @@ def nnx_replaced(
     """
     from flax import nnx
 
-    model = nnx.clone(model)
+    model = nnx_copy(model)
     modules = list(nnx_modules(model))
     others = {id(m): other for path, m in modules if (other := swap(path, m))}
     placed = {id(model)}

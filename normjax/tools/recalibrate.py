@@ -452,7 +452,7 @@ def _statistics(
 def _like(new: jax.Array, old: Any) -> Any:
     """Puts an array where the old one is."""
     if not isinstance(old, jax.Array):
-        return np.asarray(new)
+        return np.array(new)  # which may be written to
     if not old.committed:  # goes where others want it
         return jnp.asarray(np.asarray(new))
     return jax.device_put(new, old.sharding)

@@ -743,7 +743,7 @@ def _new_in_nnx(rule: Rule, norm: Norm) -> Any:
         is_new = _switches(old) != _SWITCHES["frozen"]
         new.thawed = _switches(old) if is_new else thawed
     shapes = []
-    for name in ("scale", "bias", "mean", "var", "count"):
+    for name in ("scale", "bias", "mean", "var", "count", "skipped"):
         if getattr(new, name, None) is not None:
             if getattr(old, name, None) is not None:
                 setattr(new, name, getattr(old, name))

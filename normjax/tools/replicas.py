@@ -342,7 +342,7 @@ def _norms(tree: Any, path: tuple) -> Iterator[tuple[tuple, dict[str, Any]]]:
         # A leaf may be in a box, of nnx or of linen's metadata.
         leaves = {
             k: jax.tree.leaves(tree[k])
-            for k in ("mean", "var", "count")
+            for k in ("mean", "var", "count", "skipped")
             if k in tree and not isinstance(tree[k], Mapping)
         }
         of_one = {k: found[0] for k, found in leaves.items() if len(found) == 1}
@@ -395,8 +395,8 @@ def _one(norm: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
         "mean": jnp.broadcast_to(m.mean + m.rest, mean.shape).astype(mean.dtype),
         "var": jnp.broadcast_to(m.var, var.shape).astype(var.dtype),
     }
-    if "count" in norm:
-        merged["count"] = _largest(norm["count"], axis_name)
+    for counter in {"count", "skipped"} & norm.keys():
+        merged[counter] = _largest(norm[counter], axis_name)
     return merged
 
 

@@ -41,7 +41,7 @@ class BatchNorm(linen.BatchNorm):
         variables = linen._statistics(self, x, axes)
         y, m = _module.batch_norm(
             x,
-            _module.Statistics(*(v.value for v in variables)),
+            _module.Statistics(variables["mean"].value, variables["var"].value),
             self.normalize_with == "running",
             True,
             feature_axis=axes,

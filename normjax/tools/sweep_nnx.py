@@ -17,7 +17,7 @@ from normjax.tools.merging import (
     fields_of,
     values_per_sample,
 )
-from normjax.tools.models import kind_of, nnx_modules, nnx_replaced
+from normjax.tools.models import kind_of, nnx_copy, nnx_modules, nnx_replaced
 
 NAME = "recalibrate"
 
@@ -104,7 +104,7 @@ def sweep_of(call: Callable, model: Any, normalize_with: str, number: int) -> Sw
         return {path[:-1]: variable.get_value() for path, variable in flat}
 
     def rebuilt(new: Mapping[Path, _module.Statistics]) -> Any:
-        copy = flax_nnx.clone(model)
+        copy = nnx_copy(model)
         for path, norm in nnx_modules(copy):
             if path in new and kind_of(norm) == "BatchNorm":
                 for name, value in new[path]._asdict().items():
