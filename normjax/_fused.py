@@ -11,7 +11,8 @@ from normjax import _axes, _check, _norms
 
 def total(name: str, x: Any, residual: Any) -> jax.Array:
     """Returns x + residual, of one shape."""
-    x, residual = (_check.inexact(name, a) for a in (x, residual))
+    x = _check.inexact(name, x)
+    residual = _check.inexact(name, residual, "residual")
     if x.shape != residual.shape:
         raise _check.error(
             ValueError,
@@ -20,6 +21,7 @@ def total(name: str, x: Any, residual: Any) -> jax.Array:
             f"residual.shape={residual.shape}, x.shape={x.shape}",
             "Broadcast the one that is smaller",
         )
+    _check.promotion(name, "Pass x.astype(residual.dtype)", x, residual)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.add(x, residual)
 
@@ -31,7 +33,7 @@ def add_layer_norm(
     bias: Any = None,
     *,
     axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
+    epsilon: float | jax.Array = 1e-6,
     where: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
@@ -71,7 +73,8 @@ def add_layer_norm(
       (Array([[-1.,  1.]], dtype=float32), Array([[1., 3.]], dtype=float32))
     """
     h = total("add_layer_norm", x, residual)
-    y = _norms.layer_norm(
+    y = _norms.over_axes(
+        "add_layer_norm",
         h,
         scale,
         bias,
@@ -92,7 +95,7 @@ def add_rms_norm(
     scale: Any = None,
     *,
     axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
+    epsilon: float | jax.Array = 1e-6,
     where: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
@@ -129,9 +132,12 @@ def add_rms_norm(
       (Array([[ 1., -1.]], dtype=float32), Array([[ 2., -2.]], dtype=float32))
     """
     h = total("add_rms_norm", x, residual)
-    y = _norms.rms_norm(
+    y = _norms.over_axes(
+        "add_rms_norm",
         h,
         scale,
+        None,
+        centered=False,
         axis=axis,
         epsilon=epsilon,
         where=where,

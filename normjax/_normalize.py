@@ -195,7 +195,7 @@ def normalize(
     scale: Any = None,
     bias: Any = None,
     *,
-    epsilon: float,
+    epsilon: float | jax.Array,
     feature_axis: _axes.Axes = -1,
     where: Any = None,
     dtype: Any = None,
@@ -212,7 +212,8 @@ def normalize(
       moments: of the rank of ``x``, broadcasting to it, or with the features' shape.
       scale: None, the features' shape, or of the rank of ``x``, broadcasting to it.
       bias: as ``scale``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       feature_axis: the axes, one or several, along which a vector of features lies.
       where: boolean or weights, broadcasts to ``x``; ``y`` is zero where it is.
       dtype: of ``y``; None for that of ``x``.
@@ -221,7 +222,8 @@ def normalize(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if shapes, axes or epsilon do not fit.
 
     Example:
@@ -230,8 +232,25 @@ def normalize(
       >>> normjax.normalize(jnp.array([[2.0, 4.0]]), m, epsilon=1e-6).round(3)
       Array([[1., 2.]], dtype=float32)
     """
-    name = "normalize"
+    return normalized(
+        "normalize",
+        x,
+        moments,
+        scale,
+        bias,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        where=where,
+        dtype=dtype,
+    )
+
+
+def normalized(
+    name, x, moments, scale, bias, *, epsilon, feature_axis, where, dtype
+) -> jax.Array:
+    """`normalize`, for the function ``name`` that errors are to name."""
     x = _check.inexact(name, x)
+    moments = _moments.uniform(name, moments)
     axes = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
     where = _check.where(name, where, x.shape)
     lay = functools.partial(_axes.lay, name, axes=axes, shape=x.shape)
@@ -239,7 +258,6 @@ def normalize(
     operands = {"x": x, "scale": scale, "bias": bias, "moments.mean": moments.mean}
     dtype = _check.output_dtype(name, dtype, operands)
     stat = _moments.statistics_dtype(x, dtype)
-    moments = _moments.uniform(moments)
     mean = widened(lay("moments.mean", moments.mean), stat)
     var = lay("moments.var", moments.var).astype(stat)
     rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 
 from normjax import _axes, _check, _moments
 from normjax._moments import Moments, Reduction
-from normjax._normalize import MOMENTS, normalize, standardize
+from normjax._normalize import MOMENTS, normalized, standardize
+
+
+def _computed_again(norm: Callable) -> Callable:
+    """Computes y again for the backward pass, from x and the moments, kept by name."""
+    policy = jax.checkpoint_policies.save_only_these_names(MOMENTS)
+    return jax.checkpoint(norm, policy=policy)
 
 
 def _activated(name: str, norm: Callable, activation: Callable | None) -> Callable:
-    """Returns ``norm(where, *operands) -> y, moments`` with y activated.
-
-    For the backward pass y is computed again, from x and from the moments, which are
-    kept by their name.
-    """
+    """Returns ``norm(where, *operands) -> y, moments`` with y activated."""
     if activation is None:
         return norm
 
@@ -24,9 +26,23 @@ def _activated(name: str, norm: Callable, activation: Callable | None) -> Callab
         y, m = norm(where, *operands)
         return _moments.counted(_check.activated(name, activation, y), where), m
 
-    return jax.checkpoint(
-        f, policy=jax.checkpoint_policies.save_only_these_names(MOMENTS)
-    )
+    return _computed_again(f)
+
+
+def _with_traced_epsilon(
+    name: str, r: Reduction, epsilon: jax.Array, dtype: Any
+) -> Callable:
+    """`standardize` with an epsilon that is an operand, and has a derivative.
+
+    By the moments' own rule, whatever epsilon it has, and by the formula.
+    """
+
+    def norm(where, x, scale, bias):
+        m = standardize(x, None, None, where, r, 1.0, dtype)[1]
+        options = {"where": where, "dtype": dtype, "feature_axis": -1}
+        return normalized(name, x, m, scale, bias, epsilon=epsilon, **options), m
+
+    return _computed_again(norm)
 
 
 def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype, activation):
@@ -56,6 +72,8 @@ def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype, activation):
     def norm(where, x, scale, bias):
         return standardize(x, scale, bias, where, r, epsilon, dtype)
 
+    if not _check.is_concrete(epsilon):
+        norm = _with_traced_epsilon(name, r, epsilon, dtype)
     operands = (where, x, scale, bias)
     squeezed = (None if a is None else jnp.squeeze(a, units) for a in operands)
     y, m = _activated(name, norm, activation)(*squeezed)
@@ -70,7 +88,7 @@ def batch_norm(
     bias: Any = None,
     *,
     feature_axis: _axes.Axes = -1,
-    epsilon: float = 1e-5,
+    epsilon: float | jax.Array = 1e-5,
     where: Any = None,
     moments: Moments | None = None,
     virtual_batch_size: int | None = None,
@@ -90,7 +108,8 @@ def batch_norm(
       scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
       bias: as ``scale``.
       feature_axis: the axes, one or several, that own the parameters.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -113,7 +132,8 @@ def batch_norm(
       y, of the shape of ``x``, and the `Moments` of what normalized it, ``[C]``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit, or ``virtual_batch_size`` does not divide the batch.
 
@@ -134,7 +154,8 @@ def batch_norm(
     if moments is not None:
 
         def given(where, x, scale, bias):
-            y = normalize(
+            y = normalized(
+                name,
                 x,
                 moments,
                 scale,
@@ -213,7 +234,7 @@ def layer_norm(
     bias: Any = None,
     *,
     axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
+    epsilon: float | jax.Array = 1e-6,
     where: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
@@ -231,7 +252,8 @@ def layer_norm(
         broadcasting to it, or None.
       bias: as ``scale``.
       axis: the axes reduced, one or several.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -246,7 +268,8 @@ def layer_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit.
 
@@ -255,23 +278,30 @@ def layer_norm(
       >>> normjax.layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.ones(2)).round(3)
       Array([[0., 2.]], dtype=float32)
     """
-    name = "layer_norm"
-    x = _check.inexact(name, x)
-    along = _axes.canonical(name, axis, x.ndim)
-    names, groups = _check.devices(name, axis_name, axis_index_groups)
-    r = Reduction(along, names=names, groups=groups)
-    return _norm(
-        name,
+    return over_axes(
+        "layer_norm",
         x,
         scale,
         bias,
-        along,
-        r,
+        axis=axis,
         epsilon=epsilon,
         where=where,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
-    )[0]
+    )
+
+
+def over_axes(
+    name, x, scale, bias, *, axis, axis_name, axis_index_groups, centered=True, **common
+) -> jax.Array:
+    """`layer_norm` or `rms_norm`, for the function ``name`` that errors are to name."""
+    x = _check.inexact(name, x)
+    along = _axes.canonical(name, axis, x.ndim)
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
+    r = Reduction(along, names=names, groups=groups, centered=centered)
+    return _norm(name, x, scale, bias, along, r, **common)[0]
 
 
 def rms_norm(
@@ -279,7 +309,7 @@ def rms_norm(
     scale: Any = None,
     *,
     axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
+    epsilon: float | jax.Array = 1e-6,
     where: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
@@ -296,7 +326,8 @@ def rms_norm(
       scale: of the shape of ``x`` along ``axis``, or of the rank of ``x`` and
         broadcasting to it, or None.
       axis: the axes reduced, one or several.
-      epsilon: added to the mean square; above zero.
+      epsilon: added to the mean square; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -311,7 +342,8 @@ def rms_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit.
 
@@ -320,23 +352,20 @@ def rms_norm(
       >>> normjax.rms_norm(jnp.array([[1.0, -1.0]]), jnp.array([1.0, 2.0])).round(3)
       Array([[ 1., -2.]], dtype=float32)
     """
-    name = "rms_norm"
-    x = _check.inexact(name, x)
-    along = _axes.canonical(name, axis, x.ndim)
-    names, groups = _check.devices(name, axis_name, axis_index_groups)
-    r = Reduction(along, names=names, groups=groups, centered=False)
-    return _norm(
-        name,
+    return over_axes(
+        "rms_norm",
         x,
         scale,
         None,
-        along,
-        r,
+        centered=False,
+        axis=axis,
         epsilon=epsilon,
         where=where,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
-    )[0]
+    )
 
 
 def group_norm(
@@ -347,7 +376,7 @@ def group_norm(
     num_groups: int,
     axis: _axes.Axes | None = None,
     feature_axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
+    epsilon: float | jax.Array = 1e-6,
     where: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
@@ -368,7 +397,8 @@ def group_norm(
       axis: the axes of space, reduced whole. None: all but the
         first axis that is not a feature axis, the batch.
       feature_axis: the axes, one or several, that own the parameters.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -384,7 +414,8 @@ def group_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if ``num_groups`` does not divide, or axes, shapes, weights, epsilon,
         axis names or sub-groups of devices do not fit.
 
@@ -423,7 +454,7 @@ def instance_norm(
     *,
     axis: _axes.Axes | None = None,
     feature_axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
+    epsilon: float | jax.Array = 1e-6,
     where: Any = None,
     axis_name: Any = None,
     axis_index_groups: Any = None,
@@ -443,7 +474,8 @@ def instance_norm(
       axis: the axes of space, reduced. None: all but the
         first axis that is not a feature axis, the batch.
       feature_axis: the axes, one or several, that own the parameters.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -458,7 +490,8 @@ def instance_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit.
 

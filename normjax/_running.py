@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import _check
+from normjax import _axes, _check
 from normjax._moments import Moments, added, product, uniform, widened
 
 
@@ -57,7 +57,7 @@ class RunningMoments:
     weight: jax.Array
 
     @classmethod
-    def init(cls, shape: Any, dtype: Any = jnp.float32) -> "RunningMoments":
+    def init(cls, shape: _axes.Axes, dtype: Any = jnp.float32) -> "RunningMoments":
         """Returns running moments that have seen nothing.
 
         Args:
@@ -65,22 +65,17 @@ class RunningMoments:
           dtype: of the statistics, at least float32; complex for a complex mean.
 
         Raises:
-          TypeError: if ``dtype`` is an integer or holds less than float32.
+          TypeError: if ``dtype`` is an integer or holds less than float32, or ``shape``
+            is no shape.
+          ValueError: if ``shape`` has a negative size.
 
         Example:
           >>> import normjax
           >>> normjax.RunningMoments.init((3,)).weight
           Array([0., 0., 0.], dtype=float32)
         """
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32:
-            raise _check.error(
-                TypeError,
-                "RunningMoments.init",
-                "running statistics need at least float32",
-                f"dtype={dtype}",
-                "Leave dtype out",
-            )
+        shape = _axes.shape("RunningMoments.init", shape)
+        dtype = _check.statistics_dtype("RunningMoments.init", dtype)
         zeros = jnp.zeros(shape, jnp.finfo(dtype).dtype)
         return cls(zeros, zeros.astype(dtype), zeros, zeros)
 
@@ -96,7 +91,8 @@ class RunningMoments:
           New running moments; these do not change.
 
         Raises:
-          TypeError: if the mean of ``m`` is complex and the running one is not.
+          TypeError: if ``m`` is no `Moments`, ``momentum`` no number, or the mean of
+            ``m`` complex and the running one not.
           ValueError: if the shapes differ or a concrete momentum is outside [0, 1].
 
         Example:
@@ -106,6 +102,7 @@ class RunningMoments:
           Array([4.], dtype=float32)
         """
         momentum = _check.momentum("RunningMoments.update", momentum)
+        m = uniform("RunningMoments.update", m)
         if m.shape != self.mean.shape:
             raise _check.error(
                 ValueError,
@@ -116,7 +113,6 @@ class RunningMoments:
                 "Pass what batch_norm returns, or drop the axes of size 1 that moments"
                 " keeps",
             )
-        m = uniform(m)
         if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(self.mean):
             raise _check.error(
                 TypeError,

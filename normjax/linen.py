@@ -45,7 +45,7 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
         parameters["bias"] = module.param(
             "bias", module.bias_init, shape, module.param_dtype
         )
-    dtype = _module.flax_dtype(module.dtype, x, *parameters.values())
+    dtype = _module.flax_dtype(name, module.dtype, x, *parameters.values())
     return {
         **{k: _axes.lay(name, k, v, axes, x.shape) for k, v in parameters.items()},
         "epsilon": module.epsilon,

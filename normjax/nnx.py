@@ -84,6 +84,9 @@ class _Norm(nnx.Module):
             operands = (x, *others[len(statistics) :])
             return jnp.zeros((), canonicalize_dtype(*operands, dtype=self.dtype))
 
+        if self.dtype is None:
+            todo = "Pass dtype=jnp.bfloat16, say, to the module"
+            _check.promotion(name, todo, x, *statistics, *parameters.values())
         with jax.numpy_dtype_promotion("standard"):
             y = jax.eval_shape(like_y, x, *statistics, *parameters.values())
         along = [x.shape[a] for a in axes]
