@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from normjax import _check
-
-Axes = int | Sequence[int]
+from normjax._types import Axes as Axes
 
 
 def _are_several(value: Any) -> bool:

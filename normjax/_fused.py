@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from normjax import _axes, _check, _norms
+from normjax import _check, _norms
+from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups, Scalar
 
 
 def total(name: str, x: Any, residual: Any) -> jax.Array:
@@ -27,17 +28,17 @@ def total(name: str, x: Any, residual: Any) -> jax.Array:
 
 
 def add_layer_norm(
-    x: Any,
-    residual: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float | jax.Array = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a residual, and normalizes the sum: a step of a pre-norm transformer.
@@ -90,16 +91,16 @@ def add_layer_norm(
 
 
 def add_rms_norm(
-    x: Any,
-    residual: Any,
-    scale: Any = None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float | jax.Array = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a residual, and normalizes the sum: a step of a decoder.

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from normjax import _axes, _check
+from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups
 
 # Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
 # row for each device; above, in two all-reduces of one row each.
@@ -69,7 +70,7 @@ class Moments:
             object.__setattr__(self, "rest", jnp.zeros_like(self.mean))
 
     @classmethod
-    def empty(cls, shape: _axes.Axes, dtype: Any = jnp.float32) -> "Moments":
+    def empty(cls, shape: Axes, dtype: DTypeLike = jnp.float32) -> "Moments":
         """Returns the moments of nothing: the identity of merge, and a stream's start.
 
         Args:
@@ -604,12 +605,12 @@ def average(terms: list, m: Moments, r: Reduction) -> list:
 
 
 def moments(
-    x: Any,
-    axis: _axes.Axes,
+    x: ArrayLike,
+    axis: Axes,
     *,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
 ) -> Moments:
     """Takes the moments of ``x`` over ``axis``.
 

@@ -28,6 +28,7 @@ from normjax._moments import (
     weighed,
     widened,
 )
+from normjax._types import ArrayLike, Axes, DTypeLike, Scalar
 
 # The name of the moments that a norm keeps for its backward pass. A policy of
 # jax.checkpoint that saves them has no sum to take again, and nothing to send again
@@ -190,15 +191,15 @@ def _tangent(
 
 
 def normalize(
-    x: Any,
+    x: ArrayLike,
     moments: Moments,
-    scale: Any = None,
-    bias: Any = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    epsilon: float | jax.Array,
-    feature_axis: _axes.Axes = -1,
-    where: Any = None,
-    dtype: Any = None,
+    epsilon: Scalar,
+    feature_axis: Axes = -1,
+    where: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes ``x`` by moments that are given.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from normjax import _axes, _check, _moments
 from normjax._moments import Moments, Reduction
 from normjax._normalize import MOMENTS, normalized, standardize
+from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups, Scalar
 
 
 def _computed_again(norm: Callable) -> Callable:
@@ -83,18 +84,18 @@ def _norm(name, x, scale, bias, along, r, *, epsilon, where, dtype, activation):
 
 
 def batch_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    feature_axis: _axes.Axes = -1,
-    epsilon: float | jax.Array = 1e-5,
-    where: Any = None,
+    feature_axis: Axes = -1,
+    epsilon: Scalar = 1e-5,
+    where: ArrayLike | None = None,
     moments: Moments | None = None,
     virtual_batch_size: int | None = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes each feature over the batch and space.
@@ -229,16 +230,16 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
 
 
 def layer_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float | jax.Array = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each sample over its features.
@@ -305,15 +306,15 @@ def over_axes(
 
 
 def rms_norm(
-    x: Any,
-    scale: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float | jax.Array = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Divides each sample by the root of the mean square of its features.
@@ -369,18 +370,18 @@ def rms_norm(
 
 
 def group_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     num_groups: int,
-    axis: _axes.Axes | None = None,
-    feature_axis: _axes.Axes = -1,
-    epsilon: float | jax.Array = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes | None = None,
+    feature_axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each sample over space and over groups of its features.
@@ -448,17 +449,17 @@ def group_norm(
 
 
 def instance_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: _axes.Axes | None = None,
-    feature_axis: _axes.Axes = -1,
-    epsilon: float | jax.Array = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes | None = None,
+    feature_axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each feature of each sample over space.

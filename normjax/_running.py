@@ -9,6 +9,7 @@ import numpy as np
 
 from normjax import _axes, _check
 from normjax._moments import Moments, added, product, uniform, widened
+from normjax._types import Axes, DTypeLike, Scalar
 
 
 def blend(old: jax.Array, new: jax.Array, momentum: Any, count: jax.Array) -> jax.Array:
@@ -57,7 +58,7 @@ class RunningMoments:
     weight: jax.Array
 
     @classmethod
-    def init(cls, shape: _axes.Axes, dtype: Any = jnp.float32) -> "RunningMoments":
+    def init(cls, shape: Axes, dtype: DTypeLike = jnp.float32) -> "RunningMoments":
         """Returns running moments that have seen nothing.
 
         Args:
@@ -79,7 +80,7 @@ class RunningMoments:
         zeros = jnp.zeros(shape, jnp.finfo(dtype).dtype)
         return cls(zeros, zeros.astype(dtype), zeros, zeros)
 
-    def update(self, m: Moments, momentum: Any = 0.99) -> "RunningMoments":
+    def update(self, m: Moments, momentum: Scalar = 0.99) -> "RunningMoments":
         """Returns the running moments after one more update.
 
         Args:

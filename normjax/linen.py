@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax.typing import Axes, Dtype, Initializer
 
 from normjax import _axes, _check, _fused, _module, _norms
+from normjax._types import ArrayLike, AxisNames, Groups, Scalar
 
 __all__ = [
     "AddLayerNorm",
@@ -140,17 +141,17 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool | None = None
-    axis: int = -1
+    axis: Axes = -1
     momentum: float | None = 0.99
-    epsilon: float = 1e-5
+    epsilon: Scalar = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
     use_scale: bool = True
     bias_init: Initializer = _zeros
     scale_init: Initializer = _ones
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     normalize_with: Literal["batch", "running"] | None = None
@@ -165,11 +166,11 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Any,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: Any = None,
-        momentum: Any = None,
+        mask: ArrayLike | None = None,
+        momentum: Scalar | None = None,
     ) -> jax.Array:
         """Normalizes ``x``, and updates the running statistics while training.
 
@@ -249,7 +250,7 @@ class LayerNorm(nn.Module):
       Array([[-1.,  1.]], dtype=float32)
     """
 
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
@@ -258,8 +259,8 @@ class LayerNorm(nn.Module):
     scale_init: Initializer = _ones
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -267,7 +268,7 @@ class LayerNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -306,7 +307,7 @@ class AddLayerNorm(LayerNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -360,15 +361,15 @@ class RMSNorm(nn.Module):
       Array([[ 1., -1.]], dtype=float32)
     """
 
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_scale: bool = True
     scale_init: Initializer = _ones
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -376,7 +377,7 @@ class RMSNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -415,7 +416,7 @@ class AddRMSNorm(RMSNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -475,7 +476,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int | None = 32
     group_size: int | None = None
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
@@ -483,8 +484,8 @@ class GroupNorm(nn.Module):
     bias_init: Initializer = _zeros
     scale_init: Initializer = _ones
     reduction_axes: Axes | None = None
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -492,7 +493,7 @@ class GroupNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -553,7 +554,7 @@ class InstanceNorm(nn.Module):
               [ 1.,  1.]]], dtype=float32)
     """
 
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
@@ -561,8 +562,8 @@ class InstanceNorm(nn.Module):
     bias_init: Initializer = _zeros
     scale_init: Initializer = _ones
     feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -570,7 +571,7 @@ class InstanceNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:

@@ -17,6 +17,7 @@ from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 
 from normjax import _axes, _check, _fused, _module, _norms
+from normjax._types import ArrayLike, AxisNames, Groups, Scalar
 
 __all__ = [
     "AddLayerNorm",
@@ -38,12 +39,12 @@ class _Norm(nnx.Module):
     """What the modules share: fields, parameters, and the arguments of a norm."""
 
     num_features: int
-    epsilon: float
+    epsilon: Scalar
     dtype: Dtype | None
     param_dtype: Dtype
     scale: nnx.Param[jax.Array] | None
-    axis_name: Any
-    axis_index_groups: Any
+    axis_name: AxisNames | None
+    axis_index_groups: Groups | None
     promote_dtype: PromoteDtypeFn
     missing_axis: str
     mask_is_weight: bool
@@ -183,17 +184,17 @@ class BatchNorm(_Norm):
         num_features: int,
         *,
         use_running_average: bool | None = False,
-        axis: int = -1,
+        axis: Axes = -1,
         momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
+        epsilon: Scalar = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
         bias_init: Initializer = _zeros,
         scale_init: Initializer = _ones,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -217,11 +218,11 @@ class BatchNorm(_Norm):
 
     def __call__(
         self,
-        x: Any,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: Any = None,
-        momentum: Any = None,
+        mask: ArrayLike | None = None,
+        momentum: Scalar | None = None,
     ) -> jax.Array:
         """Normalizes ``x``, and updates the running statistics while training.
 
@@ -340,7 +341,7 @@ class LayerNorm(_Norm):
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
@@ -349,8 +350,8 @@ class LayerNorm(_Norm):
         scale_init: Initializer = _ones,
         reduction_axes: Axes = -1,
         feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -362,7 +363,7 @@ class LayerNorm(_Norm):
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -398,7 +399,7 @@ class AddLayerNorm(LayerNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -463,15 +464,15 @@ class RMSNorm(_Norm):
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_scale: bool = True,
         scale_init: Initializer = _ones,
         reduction_axes: Axes = -1,
         feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -482,7 +483,7 @@ class RMSNorm(_Norm):
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
-    def __call__(self, x: Any, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -518,7 +519,7 @@ class AddRMSNorm(RMSNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -592,7 +593,7 @@ class GroupNorm(_Norm):
         num_groups: int | None = 32,
         group_size: int | None = None,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
@@ -600,8 +601,8 @@ class GroupNorm(_Norm):
         bias_init: Initializer = _zeros,
         scale_init: Initializer = _ones,
         reduction_axes: Axes | None = None,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -619,7 +620,7 @@ class GroupNorm(_Norm):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
         self.feature_axis = -1
 
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -689,7 +690,7 @@ class InstanceNorm(_Norm):
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
@@ -697,8 +698,8 @@ class InstanceNorm(_Norm):
         bias_init: Initializer = _zeros,
         scale_init: Initializer = _ones,
         feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -710,7 +711,7 @@ class InstanceNorm(_Norm):
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
