@@ -17,7 +17,7 @@ from normjax._types import Axes as Axes
 def _are_several(value: Any) -> bool:
     """Whether a value is a sequence; letters and bytes are none of axes."""
     if isinstance(value, (np.ndarray, jax.Array)):
-        return value.ndim > 0
+        return value.ndim > 0 and _check.may_be_integers(value)
     letters = (str, bytes, bytearray, memoryview)
     return isinstance(value, Sequence) and not isinstance(value, letters)
 

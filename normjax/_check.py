@@ -27,8 +27,15 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def may_be_integers(value: Any) -> bool:
+    """Whether ``value`` is no array, or one of integers."""
+    return jnp.issubdtype(getattr(value, "dtype", jnp.int32), jnp.integer)
+
+
 def is_integer(value: Any) -> bool:
     """Whether ``value`` is an integer that can be read now, and no truth value."""
+    if not may_be_integers(value):
+        return False
     try:
         operator.index(value)
     except TypeError:  # that of a tracer, too
@@ -215,8 +222,9 @@ def inexact(name: str, x: Any, what: str = "x") -> jax.Array:
 def array_dtype(name: str, value: Any) -> Any:
     """Returns a dtype as JAX has it here, of 32 bits where it has no 64."""
     cause = None
-    # What has a dtype is none, but for the types of scalars; NumPy only warns of it.
-    if isinstance(value, (type, np.dtype)) or not hasattr(value, "dtype"):
+    # NumPy only warns where it reads the dtype that an array has, or some lists.
+    is_type = isinstance(value, (type, np.dtype))
+    if is_type or not (hasattr(value, "dtype") or isinstance(value, (list, tuple))):
         try:
             found = np.dtype(value)
             if found.isnative and found not in (np.longdouble, np.clongdouble):
@@ -572,14 +580,15 @@ def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...
     """Returns sub-groups as tuples; each of ``size`` devices must be in just one."""
     halves = [list(range(size // 2)), list(range(size // 2, size))]
     todo = f"Pass {[half for half in halves if half]}, say"
+    lists: Any = axis_index_groups if may_be_integers(axis_index_groups) else None
     try:
-        found = tuple(tuple(map(operator.index, group)) for group in axis_index_groups)
+        found = tuple(tuple(map(operator.index, group)) for group in lists)
     except TypeError:
         raise error(
             TypeError,
             name,
             "axis_index_groups must be lists of device numbers, or None",
-            f"axis_index_groups={axis_index_groups!r}",
+            shown("axis_index_groups", axis_index_groups),
             todo,
         ) from None
     members = [i for group in found for i in group]

@@ -85,7 +85,9 @@ class _Norm(nnx.Module):
             operands = (x, *others[len(statistics) :])
             return jnp.zeros((), canonicalize_dtype(*operands, dtype=self.dtype))
 
-        if self.dtype is None:
+        if self.dtype is not None:
+            _check.array_dtype(name, self.dtype)
+        else:
             todo = "Pass dtype=jnp.bfloat16, say, to the module"
             _check.promotion(name, todo, x, *statistics, *parameters.values())
         with jax.numpy_dtype_promotion("standard"):

@@ -64,6 +64,7 @@ REFUSED = MASKED | {
     "ragged list": [[1.0, 2.0], [3.0]],
     "list of None": [None, 1.0],
     "list of strings": ["a", "b"],
+    "tuple of strings": ("a", "b"),
     "datetime": datetime.datetime(2020, 1, 1),
     "datetime64": np.asarray(["2020-01-01", "2021-01-01"], "datetime64[D]"),
     "timedelta64": np.timedelta64(1, "D"),
@@ -112,6 +113,7 @@ OTHERS = {
     "array": jnp.ones(3),
     "moments": GIVEN,
     "variable": flax_nnx.Param(jnp.ones(2)),
+    "keys": REFUSED["keys"],
 }
 
 
@@ -295,7 +297,12 @@ def test_what_has_no_numbers_is_refused(form):
 # Flax's own error says which parameter of which module is of another shape; and what
 # shape a momentum has, is not looked at here.
 OF_OTHER_FEATURES = {"empty list", "array"}
-OF_MORE_AXES = {"list of arrays", "matrix", "nested tuple"} | OF_OTHER_FEATURES
+OF_MORE_AXES = {
+    "list of arrays",
+    "matrix",
+    "nested tuple",
+    "float8 x",
+} | OF_OTHER_FEATURES
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f[0]}-{f[1]}")

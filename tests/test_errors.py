@@ -742,6 +742,7 @@ def test_errors_name_the_function_that_was_called():
         (">f4", "dtype='>f4'"),
         (np.longdouble, "dtype=<class 'numpy.longdouble'>"),
         (True, "dtype=True"),
+        (("f4", "f4"), "dtype=('f4', 'f4')"),
         (jnp.ones(2), "dtype.dtype=float32, dtype.shape=(2,)"),
     ],
 )
@@ -752,6 +753,8 @@ def test_dtype_that_is_none_of_jax(dtype, got):
     )
     with raises(TypeError, message):
         normjax.layer_norm(x, dtype=dtype)
+    with raises(TypeError, message.replace("layer_norm", "LayerNorm")):
+        nnx.LayerNorm(32, dtype=dtype, rngs=flax_nnx.Rngs(0))(x)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32"])
