@@ -392,7 +392,7 @@ def epsilon(name: str, value: Any, dtype: Any) -> Any:
     """
     todo = "Pass epsilon=1e-6, say"
     if value is None:
-        todo = "Pass jnp.finfo(x.dtype).eps, which is what PyTorch's None means"
+        todo = "Pass jnp.finfo(jnp.float32).eps, PyTorch's None for up to float32"
     value = number(name, "epsilon", value, "epsilon must be a number above zero", todo)
     if jnp.shape(value) != ():
         raise error(

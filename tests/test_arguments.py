@@ -558,3 +558,13 @@ def test_many_epsilons_at_once():
     got = jax.vmap(lambda e: normjax.rms_norm(X, epsilon=e))(epsilons)
     want = jnp.stack([normjax.rms_norm(X, epsilon=float(e)) for e in epsilons])
     family.assert_close(got, want, 2)
+
+
+def test_a_traced_epsilon_keeps_no_more_for_the_backward_pass():
+    x = jnp.ones((256, 128), jnp.bfloat16)
+
+    def pullback(x, epsilon):
+        return jax.vjp(lambda *a: normjax.rms_norm(a[0], epsilon=a[1]), x, epsilon)[1]
+
+    kept = jax.tree.leaves(jax.jit(pullback)(x, 1e-5))
+    assert sum(a.nbytes for a in kept) <= x.nbytes + 10 * 4 * len(x)

@@ -254,11 +254,11 @@ def test_epsilon_that_is_no_number(name, epsilon, got):
 def test_epsilon_that_is_left_to_the_dtype():
     message = (
         "rms_norm: epsilon must be a number above zero. Got epsilon=None. Pass"
-        " jnp.finfo(x.dtype).eps, which is what PyTorch's None means."
+        " jnp.finfo(jnp.float32).eps, PyTorch's None for up to float32."
     )
     with raises(TypeError, message):
         normjax.rms_norm(x, epsilon=None)
-    normjax.rms_norm(x, epsilon=jnp.finfo(x.dtype).eps)
+    normjax.rms_norm(x, epsilon=jnp.finfo(jnp.float32).eps)
 
 
 def test_epsilon_of_each_feature():
