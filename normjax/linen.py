@@ -96,7 +96,7 @@ class BatchNorm(nn.Module):
       momentum: the part of the OLD running statistics that is kept at an update
         (PyTorch's momentum is one minus it). None: the cumulative average, of all
         updates alike. It and ``debias`` add ``batch_stats/count``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -220,7 +220,7 @@ class LayerNorm(nn.Module):
     `normjax.layer_norm`.
 
     Attributes:
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -333,7 +333,7 @@ class RMSNorm(nn.Module):
     ``flax.linen.RMSNorm``. See `normjax.rms_norm`.
 
     Attributes:
-      epsilon: added to the mean square; above zero.
+      epsilon: added to the mean square; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_scale: whether there is a scale.
@@ -444,7 +444,7 @@ class GroupNorm(nn.Module):
     Attributes:
       num_groups: how many groups; None if group_size is set.
       group_size: how many features in a group; None if num_groups is set.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -524,7 +524,7 @@ class InstanceNorm(nn.Module):
     ``flax.linen.InstanceNorm``. See `normjax.instance_norm`.
 
     Attributes:
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.

@@ -122,7 +122,7 @@ class BatchNorm(_Norm):
       momentum: the part of the OLD running statistics that is kept at an update
         (PyTorch's momentum is one minus it). None: the cumulative average, of all
         updates alike. It and ``debias`` add the state ``count``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -301,7 +301,7 @@ class LayerNorm(_Norm):
 
     Args:
       num_features: number of features; the parameters have shape ``[num_features]``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -428,7 +428,7 @@ class RMSNorm(_Norm):
 
     Args:
       num_features: number of features; the parameters have shape ``[num_features]``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_scale: whether there is a scale.
@@ -550,7 +550,7 @@ class GroupNorm(_Norm):
       num_features: number of features; the parameters have shape ``[num_features]``.
       num_groups: how many groups; None if group_size is set.
       group_size: how many features in a group; None if num_groups is set.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -650,7 +650,7 @@ class InstanceNorm(_Norm):
 
     Args:
       num_features: number of features; the parameters have shape ``[num_features]``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.

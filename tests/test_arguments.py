@@ -7,6 +7,7 @@ import inspect
 import re
 import types
 
+import contexts
 import family
 import flax.linen as flax_linen
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
+from jax.sharding import AxisType
 
 import normjax
 from normjax import linen, nnx
@@ -568,3 +570,39 @@ def test_a_traced_epsilon_keeps_no_more_for_the_backward_pass():
 
     kept = jax.tree.leaves(jax.jit(pullback)(x, 1e-5))
     assert sum(a.nbytes for a in kept) <= x.nbytes + 10 * 4 * len(x)
+
+
+@pytest.mark.parametrize("context", ["vmap", "shard_map", "partial manual"])
+def test_a_traced_epsilon_goes_over_devices(context, float64):
+    """Against the whole batch on one device, with the gradients inside."""
+    mapped = contexts.MAPPED[context]
+    x = jnp.sin(jnp.arange(2 * 8 * 3.0)).reshape(2, 8, 3)
+    given = (jnp.arange(1.0, 4.0), jnp.asarray(0.3))
+
+    def loss(x, scale, epsilon, names=None):
+        y, m = normjax.batch_norm(x, scale, epsilon=epsilon, axis_name=names)
+        return jnp.sin(y).sum(), m.var
+
+    def local(x, given):
+        def of(x, given):
+            return loss(x, *given, names=mapped.names)
+
+        (_, var), (dx, rest) = jax.value_and_grad(of, (0, 1), has_aux=True)(x, given)
+        return dx, (mapped.collect(rest), var)
+
+    got = jax.jit(lambda x, given: mapped.run(local, x, given))(x, given)
+    (_, var), (dx, *rest) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, *given)
+    family.assert_close(got, (dx, (tuple(rest), var)), 16)
+
+
+def test_a_traced_epsilon_goes_over_an_explicit_mesh():
+    x = jnp.sin(jnp.arange(2 * 8 * 4.0)).reshape(2, 8, 4)
+    placed = contexts.sharded(x, AxisType.Explicit)
+
+    def f(x, epsilon):
+        y = normjax.group_norm(x, num_groups=2, epsilon=epsilon)
+        return jnp.sin(y).sum()
+
+    with jax.set_mesh(contexts.mesh((8,), ("d",), AxisType.Explicit)):
+        got = jax.jit(jax.value_and_grad(f, (0, 1)))(placed, 0.3)
+    family.assert_close(got, jax.value_and_grad(f, (0, 1))(x, 0.3), 16)

@@ -5,7 +5,7 @@ import pathlib
 import re
 
 import client
-import mypy.api
+import pytest
 from test_house import PUBLIC
 
 CLIENT = pathlib.Path(client.__file__)
@@ -52,10 +52,11 @@ nnx.GroupNorm(4, num_groups=2)  # call-arg
 
 
 def test_types_pass_the_client_and_refuse_what_is_wrong(tmp_path):
+    mypy = pytest.importorskip("mypy.api")  # of the extra "dev"
     wrong = tmp_path / "wrong.py"
     wrong.write_text(WRONG)
     config = CLIENT.parents[1] / "pyproject.toml"
-    report, _, _ = mypy.api.run(["--config-file", *map(str, (config, CLIENT, wrong))])
+    report, _, _ = mypy.run(["--config-file", *map(str, (config, CLIENT, wrong))])
     found = re.findall(r"wrong.py:(\d+): error: .*\[(.+)\]", report)
     lines = enumerate(WRONG.splitlines(), 1)
     assert found == [(str(i), line.split("# ")[1]) for i, line in lines if "# " in line]
