@@ -30,8 +30,10 @@ lint: $(DONE)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# mypy reads the package; both read what a user writes, as a user's checker would.
 types: $(DONE)
 	$(PY) -m mypy
+	$(PY) -m pyright --pythonpath $(PY)
 
 format: $(DONE)
 	$(PY) -m ruff check --fix .

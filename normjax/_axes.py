@@ -1,7 +1,8 @@
 """Axis words: canonical axes, complement, groups, and vectors laid along axes."""
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,23 +11,31 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from normjax import _check
+from normjax._types import Axes as Axes
 
-Axes = int | Sequence[int]
+
+def _are_several(value: Any) -> bool:
+    """Whether a value is a sequence; letters and bytes are none of axes."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value.ndim > 0 and _check.may_be_integers(value)
+    letters = (str, bytes, bytearray, memoryview)
+    return isinstance(value, Sequence) and not isinstance(value, letters)
 
 
-def canonical(name: str, axis: Axes, ndim: int, what: str = "axis") -> tuple[int, ...]:
+def canonical(name: str, axis: Any, ndim: int, what: str = "axis") -> tuple[int, ...]:
     """Returns ``axis`` as axes counted from the front, in the order given."""
-    axes: tuple[Any, ...] = (axis,)
-    if isinstance(axis, Iterable) and np.ndim(axis) > 0:
-        axes = tuple(axis)
+    several = _are_several(axis)
+    axes = tuple(axis) if several else (axis,)
     if not all(map(_check.is_integer, axes)):
         raise _check.error(
             TypeError,
             name,
             f"{what} must be an integer or several",
-            f"{what}={axis!r}",
+            _check.shown(what, axis),
             f"Pass {what}=-1, say",
         )
+    axes = tuple(map(operator.index, axes))
+    axis = axes if several else axes[0]
     if any(not -ndim <= a < ndim for a in axes):
         raise _check.error(
             ValueError,
@@ -35,7 +44,7 @@ def canonical(name: str, axis: Axes, ndim: int, what: str = "axis") -> tuple[int
             f"{what}={axis}",
             f"Pass {what}=-1, say",
         )
-    found = tuple(int(a) % ndim for a in axes)
+    found = tuple(a % ndim for a in axes)
     if len(set(found)) != len(found):
         raise _check.error(
             ValueError,
@@ -45,6 +54,43 @@ def canonical(name: str, axis: Axes, ndim: int, what: str = "axis") -> tuple[int
             f"Pass {what}={tuple(dict.fromkeys(found))}",
         )
     return found
+
+
+def one(name: str, axis: Any, ndim: int) -> int:
+    """Returns ``axis``, counted from the front, if it is one."""
+    axes = canonical(name, axis, ndim)
+    if len(axes) != 1:
+        raise _check.error(
+            ValueError,
+            name,
+            "axis must be one",
+            f"axis={axes}",
+            "Call it once for each",
+        )
+    return axes[0]
+
+
+def shape(name: str, value: Any) -> tuple:
+    """Returns a shape, an integer or several, as a tuple."""
+    sizes = tuple(value) if _are_several(value) else (value,)
+    known = [n for n in sizes if not jax.export.is_symbolic_dim(n)]
+    if not all(map(_check.is_integer, known)):
+        raise _check.error(
+            TypeError,
+            name,
+            "shape must be an integer or several",
+            _check.shown("shape", value),
+            "Pass shape=(), say, or that of the features",
+        )
+    if any(not 0 <= operator.index(n) < 2**63 for n in known):
+        raise _check.error(
+            ValueError,
+            name,
+            "shape must have sizes that are not negative, and fit 64 bits",
+            _check.shown("shape", value),
+            "Pass the shape of the features",
+        )
+    return sizes
 
 
 def others(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -64,7 +110,7 @@ def space(
             ValueError,
             name,
             "axis, the axes reduced, must not contain a feature axis",
-            f"axis={axis}, feature axes {features} of {ndim}",
+            f"axis={axes}, feature axes {features} of {ndim}",
             f"Pass axis={tuple(a for a in axes if a not in features)}",
         )
     return axes
@@ -82,7 +128,7 @@ def lay(
     """
     if v is None:
         return None
-    v = jnp.asarray(v)
+    v = _check.array(name, what, v)
     if not jnp.issubdtype(v.dtype, jnp.inexact):
         raise _check.error(
             TypeError,
@@ -118,10 +164,10 @@ def divisor(name: str, what: str, value: Any, axes: Any, of: str, shape: Any) ->
             TypeError,
             name,
             f"{what} must be an integer",
-            f"{what}={value!r}",
+            _check.shown(what, value),
             f"Pass {what}=32, say",
         )
-    value = int(value)
+    value = operator.index(value)
     if value >= 1 and not isinstance(size, int):  # that jax.export leaves open
         rest = size % value
         if isinstance(rest, int) and rest == 0:

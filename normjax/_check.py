@@ -4,9 +4,9 @@ Every message has one form: *function: the rule. Got the facts. What to do.*
 """
 
 import importlib
+import math
 import numbers
 import operator
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -27,13 +27,126 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def may_be_integers(value: Any) -> bool:
+    """Whether ``value`` is no array, or one of integers."""
+    return jnp.issubdtype(getattr(value, "dtype", jnp.int32), jnp.integer)
+
+
 def is_integer(value: Any) -> bool:
     """Whether ``value`` is an integer that can be read now, and no truth value."""
+    if not may_be_integers(value):
+        return False
     try:
         operator.index(value)
     except TypeError:  # that of a tracer, too
         return False
     return not isinstance(value, bool)
+
+
+def shown(what: str, value: Any) -> str:
+    """Says what an argument, called ``what``, is: its value, if a few words can."""
+    if isinstance(value, jax.Ref):
+        return f"{what}, a reference to an array"
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        few = is_concrete(value) and value.size <= 8
+        if not few or getattr(value.dtype, "kind", "") not in ("b", "i", "u"):
+            return f"{what}.dtype={value.dtype}, {what}.shape={value.shape}"
+    words = repr(value)
+    if len(words) > 60 or "\n" in words or " at 0x" in words:
+        return f"{what} of type {type(value).__name__}"
+    return f"{what}={words}"
+
+
+def array(name: str, what: str, value: Any) -> jax.Array:
+    """Returns an argument, called ``what``, as an array of numbers.
+
+    That may be what `jnp.asarray` takes, or an array of NumPy's in any byte order.
+    Refuses the rest: what has no numbers, or more than its numbers.
+    """
+    if isinstance(value, jax.Array) and _has_numbers(value):
+        return value
+    if any(isinstance(v, np.ma.MaskedArray) for v in _leaves(value)):
+        todo = f"Pass {what}.filled() with a value that says what is meant"
+        if what in ("x", "residual"):
+            todo = (
+                f"Pass {what}.data, and ~np.ma.getmaskarray({what}) as where, or as the"
+                " mask of a module"
+            )
+        raise error(
+            TypeError,
+            name,
+            f"{what} must not be a masked array, because its mask would be lost",
+            f"{what} of type {type(value).__name__}",
+            todo,
+        )
+    cause: Exception | None = None
+    # JAX would take a ref for an array, and NumPy a letter in a list for a dtype.
+    if not isinstance(value, jax.Ref) and not _has_letters(value):
+        try:
+            a = jnp.asarray(_native(value))
+            if _has_numbers(a):
+                return a
+        except jax.errors.JaxRuntimeError:  # there is no room for it, say
+            raise
+        except (TypeError, ValueError, OverflowError, RuntimeError) as e:
+            cause = e
+    raise error(
+        TypeError,
+        name,
+        f"{what} must be an array of numbers",
+        shown(what, value),
+        _instead(what, value),
+    ) from cause
+
+
+def _has_numbers(a: jax.Array) -> bool:
+    """Whether an array is not one of keys, or of the derivatives by an integer."""
+    return a.dtype == jnp.bool_ or jnp.issubdtype(a.dtype, jnp.number)
+
+
+def has_known_dtype(value: Any) -> bool:
+    """Whether a value has a dtype of numbers, as JAX has it."""
+    dtype = getattr(value, "dtype", None)
+    if not isinstance(dtype, np.dtype) or isinstance(value, np.ma.MaskedArray):
+        return False
+    if not dtype.isnative or dtype in (np.longdouble, np.clongdouble):
+        return False
+    return dtype.kind != "m" and jnp.issubdtype(dtype, jnp.number)  # a time to NumPy
+
+
+def _leaves(value: Any) -> list:
+    """Returns what lists in lists hold."""
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    return [leaf for v in value for leaf in _leaves(v)]
+
+
+def _has_letters(value: Any) -> bool:
+    return any(isinstance(v, (str, bytes)) for v in _leaves(value))
+
+
+def _native(value: Any) -> Any:
+    """Returns arrays of NumPy, also in lists, in the byte order of this machine."""
+    if isinstance(value, (list, tuple)):
+        return [_native(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.isnative:
+        return value.astype(value.dtype.newbyteorder("="))
+    return value
+
+
+def _instead(what: str, value: Any) -> str:
+    """What to pass instead of a value that is no array of numbers."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return "It has no values: call the function by jax.eval_shape"
+    if isinstance(value, jax.Ref):
+        return f"Pass {what}[...]"
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.names:
+            return f"Pass one of its fields, {what}[{value.dtype.names[0]!r}]"
+        if value.dtype.kind in "fcO":
+            wide = "complex128" if value.dtype.kind == "c" else "float64"
+            return f"Pass {what}.astype(np.{wide})"
+    return "Pass an array of JAX or NumPy"
 
 
 def is_bound(axis_name: Any) -> bool:
@@ -48,37 +161,149 @@ def is_bound(axis_name: Any) -> bool:
 def choice(module: Any, field: str, choices: tuple) -> None:
     """Refuses a value of a module's field that is not among the choices."""
     value = getattr(module, field)
-    if value not in choices:
+    if not isinstance(value, (str, type(None))) or value not in choices:
         raise error(
             ValueError,
             type(module).__name__,
             f"{field} must be one of {', '.join(map(repr, choices))}",
-            f"{field}={value!r}",
+            shown(field, value),
             f"Pass {field}={choices[-1]!r}, say",
         )
 
 
-def inexact(name: str, x: Any) -> jax.Array:
+def flag(name: str, what: str, value: Any) -> bool:
+    """Returns a switch, called ``what``, as True or False."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if is_integer(value):
+        return operator.index(value) != 0
+    if is_concrete(value) and isinstance(value, (jax.Array, np.ndarray)):
+        if value.dtype == jnp.bool_ and value.shape == ():
+            return bool(value)
+    raise error(
+        TypeError,
+        name,
+        f"{what} is part of the compiled program and must be True or False",
+        shown(what, value) if is_concrete(value) else "a traced value",
+        "Pass a bool, or name the argument in static_argnames",
+    )
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype of numbers is one that JAX promotes with no other."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.finfo(dtype).bits < 16
+    return jnp.iinfo(dtype).bits < 8
+
+
+def inexact(name: str, x: Any, what: str = "x") -> jax.Array:
     """Returns ``x`` as an array, real or complex; refuses what has no moments."""
-    x = jnp.asarray(x)
+    x = array(name, what, x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise error(
             TypeError,
             name,
-            "x must be floating, because its mean and its normalized values are"
+            f"{what} must be floating, because its mean and its normalized values are"
             " not integers",
-            f"x.dtype={x.dtype}",
-            "Pass x.astype(jnp.float32)",
+            f"{what}.dtype={x.dtype}",
+            f"Pass {what}.astype(jnp.float32)",
         )
     if x.ndim == 0:
         raise error(
             ValueError,
             name,
-            "x must have at least one axis",
-            "x.shape=()",
-            "Pass x[None]",
+            f"{what} must have at least one axis",
+            f"{what}.shape=()",
+            f"Pass {what}[None]",
         )
     return x
+
+
+def array_dtype(name: str, value: Any) -> Any:
+    """Returns a dtype as JAX has it here, of 32 bits where it has no 64."""
+    cause = None
+    # NumPy only warns where it reads the dtype that an array has, or some lists.
+    is_type = isinstance(value, (type, np.dtype))
+    if is_type or not (hasattr(value, "dtype") or isinstance(value, (list, tuple))):
+        try:
+            found = np.dtype(value)
+            if found.isnative and found not in (np.longdouble, np.clongdouble):
+                return jax.dtypes.canonicalize_dtype(found)
+        except (TypeError, ValueError) as e:
+            cause = e
+    raise error(
+        TypeError,
+        name,
+        "dtype must be one that JAX has",
+        shown("dtype", value),
+        "Pass dtype=jnp.float32, say",
+    ) from cause
+
+
+def statistics_dtype(name: str, value: Any) -> Any:
+    """Returns the dtype of statistics, real or complex; they need digits."""
+    found = array_dtype(name, value)
+    if not jnp.issubdtype(found, jnp.inexact) or jnp.finfo(found).bits < 32:
+        raise error(
+            TypeError,
+            name,
+            "statistics need at least float32",
+            f"dtype={found}",
+            "Leave dtype out",
+        )
+    return found
+
+
+def statistic(name: str, field: str, of: str, value: Any) -> jax.Array:
+    """Returns a field of the moments ``of``: a mean may be complex, a count whole."""
+    what = f"{of}.{field}"
+    a = array(name, what, value)
+    real = field not in ("mean", "rest")
+    if field in ("count", "carry") and jnp.issubdtype(a.dtype, jnp.integer):
+        a = a.astype(jnp.float32)
+    if real and jnp.iscomplexobj(a):
+        raise error(
+            TypeError,
+            name,
+            f"{what} must be real",
+            f"{what}.dtype={a.dtype}",
+            f"Pass {what}.real",
+        )
+    if not jnp.issubdtype(a.dtype, jnp.inexact) or is_narrow(a.dtype):
+        raise error(
+            TypeError,
+            name,
+            f"{what} must be floating" + ("" if real else " or complex"),
+            f"{what}.dtype={a.dtype}",
+            f"Pass {what}.astype(jnp.float32)",
+        )
+    return a
+
+
+def broadcasts(name: str, what: str, shape: tuple, to: str, target: tuple) -> None:
+    """Refuses a shape that does not broadcast to another one."""
+    pairs = zip(shape[::-1], target[::-1], strict=False)
+    if len(shape) > len(target) or any(n not in (1, m) for n, m in pairs):
+        raise error(
+            ValueError,
+            name,
+            f"{what} must broadcast to {to}",
+            f"{what}.shape={shape}, {to}.shape={target}",
+            f"Pass a {what} whose axes, from the last, are 1 or those of {to}",
+        )
+
+
+def promotion(name: str, todo: str, *arrays: jax.Array | None) -> None:
+    """Refuses operands, x first, whose dtypes JAX does not promote with each other."""
+    dtypes = dict.fromkeys(a.dtype for a in arrays if a is not None)
+    if len(dtypes) > 1 and any(map(is_narrow, dtypes)):
+        raise error(
+            TypeError,
+            name,
+            "x must be of a dtype that JAX promotes with the others",
+            f"x of {', others of '.join(map(str, dtypes))}",
+            todo,
+        )
 
 
 def output_dtype(name: str, dtype: Any, operands: dict[str, Any]) -> Any:
@@ -86,9 +311,7 @@ def output_dtype(name: str, dtype: Any, operands: dict[str, Any]) -> Any:
 
     It must be complex where an operand is: an imaginary part must have its place.
     """
-    dtype = (
-        operands["x"].dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
-    )
+    dtype = operands["x"].dtype if dtype is None else array_dtype(name, dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise error(
             TypeError,
@@ -120,61 +343,108 @@ def activated(name: str, activation: Any, y: jax.Array) -> jax.Array:
             f"activation={activation!r}",
             "Pass jax.nn.silu, say",
         )
-    z = activation(y)
-    if jnp.shape(z) != y.shape:
+    z = array(name, "what activation returns", activation(y))
+    if z.shape != y.shape:
         raise error(
             ValueError,
             name,
             "activation must work element by element, and return the shape of y",
-            f"a result of shape {jnp.shape(z)}, y.shape={y.shape}",
+            f"a result of shape {z.shape}, y.shape={y.shape}",
             "Apply what changes the shape to what the norm returns",
+        )
+    if not jnp.issubdtype(z.dtype, jnp.inexact):
+        raise error(
+            TypeError,
+            name,
+            "activation must return what y is, floating or complex",
+            f"a result of dtype {z.dtype}",
+            f"Apply what returns {z.dtype} to what the norm returns",
         )
     return z
 
 
-def epsilon(name: str, value: Any, dtype: Any) -> float:
-    """Returns ``value`` as a float that is above zero in ``dtype``."""
-    if not isinstance(value, numbers.Real) and not is_concrete(value):
+def number(name: str, what: str, value: Any, rule: str, todo: str) -> Any:
+    """Returns a real number: a Python one as it is, others as arrays.
+
+    ``rule`` is what it must be, and ``todo`` what to do where it is not.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.generic)):
+        return float(value)
+    fault = error(TypeError, name, rule, shown(what, value), todo)
+    if isinstance(value, (bool, str, type(None))):
+        raise fault
+    with jax.ensure_compile_time_eval():  # what is concrete stays so under jit
+        try:
+            a = array(name, what, value)
+        except TypeError as cause:
+            raise fault from cause
+    if a.dtype == jnp.bool_ or jnp.iscomplexobj(a):
+        raise fault
+    return a.astype(jnp.float32) if is_narrow(a.dtype) else a
+
+
+def epsilon(name: str, value: Any, dtype: Any) -> Any:
+    """Returns ``value`` as a float that is above zero in ``dtype``, or as it is traced.
+
+    A traced one is not seen to be above zero.
+    """
+    todo = "Pass epsilon=1e-6, say"
+    if value is None:
+        todo = "Pass jnp.finfo(jnp.float32).eps, PyTorch's None for up to float32"
+    value = number(name, "epsilon", value, "epsilon must be a number above zero", todo)
+    if jnp.shape(value) != ():
         raise error(
             TypeError,
             name,
-            "epsilon is part of the compiled program and must be a number",
-            "a traced value",
-            "Pass a Python float, or name the argument in static_argnames",
+            "epsilon must be one number, for all features",
+            f"epsilon.shape={value.shape}",
+            todo,
         )
-    value = float(value)
-    if not value >= 0 or not np.isfinite(value):
+    if not is_concrete(value):
+        return value
+    try:
+        value = float(value)
+    except OverflowError:  # of an integer of many digits
+        value = math.inf
+    if not 0 <= value < math.inf:
         raise error(
             ValueError,
             name,
             "epsilon must be a number above zero",
             f"epsilon={value}",
-            "Pass epsilon=1e-6, say",
+            todo,
         )
-    smallest = jnp.finfo(dtype).tiny
-    if value < smallest:
+    info = jnp.finfo(dtype)
+    if value < float(info.tiny):
         raise error(
             ValueError,
             name,
             f"epsilon must be above zero in the dtype of the statistics, {dtype}",
-            f"epsilon={value}, and the smallest normal {dtype} is {smallest:.3g}",
-            "Pass epsilon=1e-6, say",
+            f"epsilon={value}, and the smallest normal {dtype} is {info.tiny:.3g}",
+            todo,
+        )
+    if value > float(info.max):
+        raise error(
+            ValueError,
+            name,
+            f"epsilon must be finite in the dtype of the statistics, {dtype}",
+            f"epsilon={value}, and the largest {dtype} is {info.max:.3g}",
+            todo,
         )
     return value
 
 
 def momentum(name: str, value: Any) -> Any:
     """Checks ``value`` where it is concrete; it is the part of the OLD value."""
+    rule = "momentum is the part of the old value that is kept and must lie in [0, 1]"
+    todo = "PyTorch's momentum m is momentum=1 - m here"
+    value = number(name, "momentum", value, rule, "Pass momentum=0.99, say")
     if is_concrete(value) and not np.all(
         (np.asarray(value) >= 0) & (np.asarray(value) <= 1)
     ):
-        raise error(
-            ValueError,
-            name,
-            "momentum is the part of the old value that is kept and must lie in [0, 1]",
-            f"momentum={value}",
-            "PyTorch's momentum m is momentum=1 - m here",
-        )
+        raise error(ValueError, name, rule, f"momentum={value}", todo)
     return value
 
 
@@ -187,7 +457,7 @@ def where(
     """
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = array(name, what, mask)
     if not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.floating)):
         raise error(
             TypeError,
@@ -218,16 +488,7 @@ def where(
             f"{what}.shape={mask.shape}, x.shape={shape}",
             f"Pass {what}[..., None] if the features are the last axis",
         )
-    if mask.ndim > len(shape) or any(
-        m not in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False)
-    ):
-        raise error(
-            ValueError,
-            name,
-            f"{what} must broadcast to x",
-            f"{what}.shape={mask.shape}, x.shape={shape}",
-            f"Pass a {what} whose axes, from the last, are 1 or those of x",
-        )
+    broadcasts(name, what, mask.shape, "x", shape)
     return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 
 
@@ -262,14 +523,22 @@ def devices(name: str, axis_name: Any, axis_index_groups: Any) -> tuple[tuple, t
     return names, groups(name, axis_index_groups, lax.axis_size(names))
 
 
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 def device_axis(name: str, axis_name: Any) -> None:
     """Refuses what is no axis over which devices can be synced here."""
-    if isinstance(axis_name, int) or not isinstance(axis_name, Hashable):
+    if isinstance(axis_name, (int, tuple)) or not _is_hashable(axis_name):
         raise error(
             TypeError,
             name,
             "axis_name must be the name of a device axis, or a tuple of names",
-            f"axis_name={axis_name!r}",
+            shown("axis_name", axis_name),
             "Pass axis_name='data', say",
         )
     mesh = jax.sharding.get_abstract_mesh()
@@ -311,14 +580,15 @@ def groups(name: str, axis_index_groups: Any, size: int) -> tuple[tuple[int, ...
     """Returns sub-groups as tuples; each of ``size`` devices must be in just one."""
     halves = [list(range(size // 2)), list(range(size // 2, size))]
     todo = f"Pass {[half for half in halves if half]}, say"
+    lists: Any = axis_index_groups if may_be_integers(axis_index_groups) else None
     try:
-        found = tuple(tuple(map(operator.index, group)) for group in axis_index_groups)
+        found = tuple(tuple(map(operator.index, group)) for group in lists)
     except TypeError:
         raise error(
             TypeError,
             name,
             "axis_index_groups must be lists of device numbers, or None",
-            f"axis_index_groups={axis_index_groups!r}",
+            shown("axis_index_groups", axis_index_groups),
             todo,
         ) from None
     members = [i for group in found for i in group]

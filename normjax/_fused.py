@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from normjax import _axes, _check, _norms
+from normjax import _check, _norms
+from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups, Scalar
 
 
 def total(name: str, x: Any, residual: Any) -> jax.Array:
     """Returns x + residual, of one shape."""
-    x, residual = (_check.inexact(name, a) for a in (x, residual))
+    x = _check.inexact(name, x)
+    residual = _check.inexact(name, residual, "residual")
     if x.shape != residual.shape:
         raise _check.error(
             ValueError,
@@ -20,22 +22,23 @@ def total(name: str, x: Any, residual: Any) -> jax.Array:
             f"residual.shape={residual.shape}, x.shape={x.shape}",
             "Broadcast the one that is smaller",
         )
+    _check.promotion(name, "Pass x.astype(residual.dtype)", x, residual)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.add(x, residual)
 
 
 def add_layer_norm(
-    x: Any,
-    residual: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a residual, and normalizes the sum: a step of a pre-norm transformer.
@@ -71,7 +74,8 @@ def add_layer_norm(
       (Array([[-1.,  1.]], dtype=float32), Array([[1., 3.]], dtype=float32))
     """
     h = total("add_layer_norm", x, residual)
-    y = _norms.layer_norm(
+    y = _norms.over_axes(
+        "add_layer_norm",
         h,
         scale,
         bias,
@@ -87,16 +91,16 @@ def add_layer_norm(
 
 
 def add_rms_norm(
-    x: Any,
-    residual: Any,
-    scale: Any = None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a residual, and normalizes the sum: a step of a decoder.
@@ -129,9 +133,12 @@ def add_rms_norm(
       (Array([[ 1., -1.]], dtype=float32), Array([[ 2., -2.]], dtype=float32))
     """
     h = total("add_rms_norm", x, residual)
-    y = _norms.rms_norm(
+    y = _norms.over_axes(
+        "add_rms_norm",
         h,
         scale,
+        None,
+        centered=False,
         axis=axis,
         epsilon=epsilon,
         where=where,

@@ -19,10 +19,11 @@ def flax_axes(name: str, axes: _axes.Axes, ndim: int, what: str) -> tuple[int, .
     return tuple(sorted(_axes.canonical(name, axes, ndim, what)))
 
 
-def flax_dtype(dtype: Any, *arrays: jax.Array | None) -> Any:
+def flax_dtype(name: str, dtype: Any, *arrays: jax.Array | None) -> Any:
     """Returns the dtype of y by Flax's rule: that of x with the parameters."""
     if dtype is not None:
         return dtype
+    _check.promotion(name, "Pass dtype=jnp.bfloat16, say, to the module", *arrays)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*(a for a in arrays if a is not None))
 
@@ -37,7 +38,7 @@ def flax_mask(
     """
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = _check.array(name, "mask", mask)
     if not is_weight:
         mask = mask.astype(bool)
     elif jnp.issubdtype(mask.dtype, jnp.integer):
@@ -172,7 +173,9 @@ def switches(module: Any, use_running_average: bool | None) -> tuple[bool, bool]
             "Pass use_running_average=not train, to the module or to the call",
         )
     else:
-        with_running = use_running_average
+        with_running = use_running_average = _check.flag(
+            "BatchNorm", "use_running_average", use_running_average
+        )
     update = module.update_statistics
     return with_running, not use_running_average if update is None else update
 

@@ -17,6 +17,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from normjax import _axes, _check, _trees
+from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups
 
 # Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
 # row for each device; above, in two all-reduces of one row each.
@@ -78,21 +79,26 @@ class Moments:
         # can be mapped, stacked and carried through a scan.
         for name, of in (("carry", "count"), ("rest", "mean"), ("var_rest", "var")):
             a = getattr(self, of)
-            if isinstance(getattr(self, name), float) and hasattr(a, "dtype"):
+            if isinstance(getattr(self, name), float) and _check.has_known_dtype(a):
                 object.__setattr__(self, name, jnp.zeros_like(a))
         if self.squares is None:
             object.__setattr__(self, "squares", self.count)
 
     @classmethod
-    def empty(cls, shape: Any, dtype: Any = jnp.float32) -> "Moments":
+    def empty(cls, shape: Axes, dtype: DTypeLike = jnp.float32) -> "Moments":
         """Returns the moments of nothing: the identity of merge, and a stream's start.
 
         Args:
-          shape: of the moments.
-          dtype: of the moments.
+          shape: of the moments, an integer or several.
+          dtype: of the moments, at least float32; complex for a complex mean.
 
         Returns:
           Moments with count 0, mean 0, var 1.
+
+        Raises:
+          TypeError: if ``dtype`` is an integer or holds less than float32, or ``shape``
+            is no shape.
+          ValueError: if ``shape`` has a negative size.
 
         Example:
           >>> import jax, jax.numpy as jnp, normjax
@@ -103,6 +109,8 @@ class Moments:
           >>> m.count, m.mean
           (Array([[12.]], dtype=float32), Array([[5.5]], dtype=float32))
         """
+        shape = _axes.shape("Moments.empty", shape)
+        dtype = _check.statistics_dtype("Moments.empty", dtype)
         zeros = jnp.zeros(shape, jnp.finfo(dtype).dtype)
         return cls(zeros, zeros.astype(dtype), jnp.ones_like(zeros))
 
@@ -142,6 +150,7 @@ class Moments:
           The merged moments, of the same shape.
 
         Raises:
+          TypeError: if ``other`` is no `Moments`, or a field no array of its kind.
           ValueError: if the shapes differ.
 
         Example:
@@ -151,15 +160,17 @@ class Moments:
           >>> m.merge(n).count, m.merge(n).var
           (Array([4.], dtype=float32), Array([2.1875], dtype=float32))
         """
-        if self.shape != other.shape:
+        first = uniform("Moments.merge", self, "moments")
+        other = uniform("Moments.merge", other, "other")
+        if first.shape != other.shape:
             raise _check.error(
                 ValueError,
                 "Moments.merge",
                 "both moments must have one shape",
-                f"shapes {self.shape} and {other.shape}",
+                f"shapes {first.shape} and {other.shape}",
                 "Take both over the same axes",
             )
-        m, n = uniform(self), laid_like(other, self.mean)
+        m, n = first, laid_like(other, first.mean)
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), m, n)
         merged = opened(_first(_merged(both, 0)))
         # The sum of two and its exact rounding error; the limbs of `merge` have an end.
@@ -168,9 +179,33 @@ class Moments:
         return dataclasses.replace(merged, count=count, carry=carry)
 
 
-def uniform(m: Moments) -> Moments:
-    """Gives all fields of moments that were built by hand the shape of the mean."""
-    return laid_like(m, m.mean)
+def uniform(name: str, m: Any, what: str = "moments") -> Moments:
+    """Gives all fields of moments that were built by hand the shape of the mean.
+
+    Refuses what are no moments, and fields that are no arrays of their kind.
+    """
+    if not isinstance(m, Moments):
+        raise _check.error(
+            TypeError,
+            name,
+            f"{what} must be Moments",
+            _check.shown(what, m),
+            "Pass what moments or batch_norm returns; of running moments, what read()"
+            " does",
+        )
+    fields = {k: _check.statistic(name, k, what, v) for k, v in vars(m).items()}
+    mean = fields["mean"]
+    if jnp.iscomplexobj(fields["rest"]) and not jnp.iscomplexobj(mean):
+        raise _check.error(
+            TypeError,
+            name,
+            f"{what}.rest must be real, as the mean is",
+            f"{what}.rest.dtype={fields['rest'].dtype}, {what}.mean.dtype={mean.dtype}",
+            f"Pass {what}.rest.real",
+        )
+    for k, v in fields.items():
+        _check.broadcasts(name, f"{what}.{k}", v.shape, f"{what}.mean", mean.shape)
+    return laid_like(dataclasses.replace(m, **fields), mean)
 
 
 def laid_like(m: Moments, a: jax.Array) -> Moments:
@@ -589,7 +624,8 @@ def merge(m: Moments, axis: int) -> Moments:
       Moments of shape ``[..., 1, ...]``.
 
     Raises:
-      ValueError: if ``m`` has no such axis.
+      TypeError: if ``m`` is no `Moments`, or a field no array of its kind.
+      ValueError: if ``m`` has no such axis, or its fields do not broadcast to the mean.
 
     Example:
       >>> import jax.numpy as jnp, normjax
@@ -597,8 +633,8 @@ def merge(m: Moments, axis: int) -> Moments:
       >>> normjax.merge(by_channel, axis=1).mean
       Array([[3.]], dtype=float32)
     """
-    (axis,) = _axes.canonical("merge", axis, len(m.shape))
-    return opened(_merged(uniform(m), axis))
+    m = uniform("merge", m, "m")
+    return opened(_merged(m, _axes.one("merge", axis, len(m.shape))))
 
 
 def _merged(m: Moments, axis: int) -> Moments:
@@ -1000,12 +1036,12 @@ def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
 
 
 def moments(
-    x: Any,
-    axis: _axes.Axes,
+    x: ArrayLike,
+    axis: Axes,
     *,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
 ) -> Moments:
     """Takes the moments of ``x`` over ``axis``.
 
@@ -1026,7 +1062,8 @@ def moments(
       `Moments` of the shape of ``x`` with the reduced axes of size 1.
 
     Raises:
-      TypeError: if ``x`` or ``where`` is an integer, or an axis name is no name.
+      TypeError: if ``x`` or ``where`` is no array of numbers or one of integers, or an
+        axis name is no name.
       ValueError: if an axis is out of range or given twice, ``where`` does not
         broadcast or has one axis less than ``x``, a weight is negative or not finite,
         an axis name is not bound, or groups do not divide the devices.

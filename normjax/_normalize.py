@@ -34,6 +34,7 @@ from normjax._moments import (
     var_dots,
     widened,
 )
+from normjax._types import ArrayLike, Axes, DTypeLike, Scalar
 
 # The name of the moments that a norm keeps for its backward pass. A policy of
 # jax.checkpoint that saves them has no sum to take again, and nothing to send again
@@ -124,27 +125,52 @@ class View(NamedTuple):
         return *shape[: self.batch], *split, *shape[self.batch + 1 :]
 
 
-def _viewed(x, scale, bias, where, r, epsilon, dtype, view: View):
-    """`_standardize` of operands in a view; y in the shape of x, the moments in it."""
+def _viewed(norm, x, scale, bias, where, view: View):
+    """Normalizes operands in a view; y has the shape of x, the moments are in it."""
     shape = x.shape
     if view.size and where is not None:
         where = _axes.lying_like(where, x)
-    x, scale, bias, where = (
+    operands = (
         None
         if a is None
         else jnp.squeeze(a.reshape(view.ghosts(a.shape, shape)), view.units)
         for a in (x, scale, bias, where)
     )
-    y, m = _standardize(x, scale, bias, where, r, epsilon, dtype)
+    y, m = norm(*operands)
     if view.units:
         y, m = jax.tree.map(lambda a: jnp.expand_dims(a, view.units), (y, m))
     return y.reshape(shape), m
 
 
-# Compiled, so that a call outside of jit is one program; inlined, so that a call inside
-# is no boundary to XLA; and traced once for all calls alike. The view is taken inside:
-# outside, one of NaN that does not count is what jax_debug_nans stops at.
-standardize = jax.jit(_viewed, static_argnums=(4, 5, 6, 7), inline=True)
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), inline=True)
+def standardize(x, scale, bias, where, r, epsilon, dtype, view: View):
+    """`_standardize` in a view.
+
+    Compiled, so that a call outside of jit is one program; inlined, so that a call
+    inside is no boundary to XLA; and traced once for all calls alike. The view is taken
+    inside: outside, jax_debug_nans stops at one of NaN that does not count.
+    """
+
+    def norm(x, scale, bias, where):
+        return _standardize(x, scale, bias, where, r, epsilon, dtype)
+
+    return _viewed(norm, x, scale, bias, where, view)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7), inline=True)
+def standardize_traced(x, scale, bias, where, epsilon, r, dtype, view: View):
+    """`standardize` with an epsilon that is an operand, and has a derivative.
+
+    By the moments' own rule, and by the formula.
+    """
+
+    def norm(x, scale, bias, where):
+        m, var = measured(x, where, r, _moments.statistics_dtype(x, dtype))
+        m, var = named((m, var))
+        y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
+        return y, dataclasses.replace(m, var=var)
+
+    return _viewed(norm, x, scale, bias, where, view)
 
 
 def named(tree: Any) -> Any:
@@ -208,15 +234,15 @@ def _tangent(
 
 
 def normalize(
-    x: Any,
+    x: ArrayLike,
     moments: Moments,
-    scale: Any = None,
-    bias: Any = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    epsilon: float,
-    feature_axis: _axes.Axes = -1,
-    where: Any = None,
-    dtype: Any = None,
+    epsilon: Scalar,
+    feature_axis: Axes = -1,
+    where: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes ``x`` by moments that are given.
 
@@ -230,7 +256,8 @@ def normalize(
       moments: of the rank of ``x``, broadcasting to it, or with the features' shape.
       scale: None, the features' shape, or of the rank of ``x``, broadcasting to it.
       bias: as ``scale``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       feature_axis: the axes, one or several, along which a vector of features lies.
       where: boolean or weights, broadcasts to ``x``; ``y`` is zero where it is.
       dtype: of ``y``; None for that of ``x``.
@@ -239,7 +266,8 @@ def normalize(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if shapes, axes or epsilon do not fit.
 
     Example:
@@ -248,8 +276,25 @@ def normalize(
       >>> normjax.normalize(jnp.array([[2.0, 4.0]]), m, epsilon=1e-6).round(3)
       Array([[1., 2.]], dtype=float32)
     """
-    name = "normalize"
+    return normalized(
+        "normalize",
+        x,
+        moments,
+        scale,
+        bias,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        where=where,
+        dtype=dtype,
+    )
+
+
+def normalized(
+    name, x, moments, scale, bias, *, epsilon, feature_axis, where, dtype
+) -> jax.Array:
+    """`normalize`, for the function ``name`` that errors are to name."""
     x = _check.inexact(name, x)
+    moments = _moments.uniform(name, moments)
     axes = _axes.canonical(name, feature_axis, x.ndim, "feature_axis")
     where = _check.where(name, where, x.shape)
     lay = functools.partial(_axes.lay, name, axes=axes, shape=x.shape)
@@ -257,7 +302,6 @@ def normalize(
     operands = {"x": x, "scale": scale, "bias": bias, "moments.mean": moments.mean}
     dtype = _check.output_dtype(name, dtype, operands)
     stat = _moments.statistics_dtype(x, dtype)
-    moments = _moments.uniform(moments)
     mean = widened(lay("moments.mean", moments.mean), stat)
     var = lay("moments.var", moments.var).astype(stat)
     rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)

@@ -1,21 +1,29 @@
 """Batch, layer, rms, group and instance norm: choose axes, call standardize."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from normjax import _axes, _check, _moments
 from normjax._moments import Moments, Reduction
-from normjax._normalize import MOMENTS, View, normalize, standardize
+from normjax._normalize import (
+    MOMENTS,
+    View,
+    normalized,
+    standardize,
+    standardize_traced,
+)
+from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups, Scalar
+
+
+def _computed_again(norm: Callable) -> Callable:
+    """Computes y again for the backward pass, from x and the moments, kept by name."""
+    policy = jax.checkpoint_policies.save_only_these_names(MOMENTS)
+    return jax.checkpoint(norm, policy=policy)
 
 
 def _activated(name: str, norm: Callable, activation: Callable | None) -> Callable:
-    """Returns ``norm(where, *operands) -> y, moments`` with y activated.
-
-    For the backward pass y is computed again, from x and from the moments, which are
-    kept by their name.
-    """
+    """Returns ``norm(where, *operands) -> y, moments`` with y activated."""
     if activation is None:
         return norm
 
@@ -23,9 +31,7 @@ def _activated(name: str, norm: Callable, activation: Callable | None) -> Callab
         y, m = norm(where, *operands)
         return _moments.counted(_check.activated(name, activation, y), where), m
 
-    return jax.checkpoint(
-        f, policy=jax.checkpoint_policies.save_only_these_names(MOMENTS)
-    )
+    return _computed_again(f)
 
 
 def _norm(
@@ -65,22 +71,27 @@ def _norm(
     def norm(where, x, scale, bias):
         return standardize(x, scale, bias, where, r, epsilon, dtype, view)
 
+    def traced(where, x, scale, bias):
+        return standardize_traced(x, scale, bias, where, epsilon, r, dtype, view)
+
+    if not _check.is_concrete(epsilon):
+        norm = _computed_again(traced)
     return _activated(name, norm, activation)(where, x, scale, bias)
 
 
 def batch_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    feature_axis: _axes.Axes = -1,
-    epsilon: float = 1e-5,
-    where: Any = None,
+    feature_axis: Axes = -1,
+    epsilon: Scalar = 1e-5,
+    where: ArrayLike | None = None,
     moments: Moments | None = None,
     virtual_batch_size: int | None = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes each feature over the batch and space.
@@ -94,7 +105,8 @@ def batch_norm(
       scale: ``[C]``, or of the rank of ``x`` and broadcasting to it, or None.
       bias: as ``scale``.
       feature_axis: the axes, one or several, that own the parameters.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -117,7 +129,8 @@ def batch_norm(
       y, of the shape of ``x``, and the `Moments` of what normalized it, ``[C]``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit, or ``virtual_batch_size`` does not divide the batch.
 
@@ -138,7 +151,8 @@ def batch_norm(
     if moments is not None:
 
         def given(where, x, scale, bias):
-            y = normalize(
+            y = normalized(
+                name,
                 x,
                 moments,
                 scale,
@@ -199,16 +213,16 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
 
 
 def layer_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each sample over its features.
@@ -222,7 +236,8 @@ def layer_norm(
         broadcasting to it, or None.
       bias: as ``scale``.
       axis: the axes reduced, one or several.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -237,7 +252,8 @@ def layer_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit.
 
@@ -246,35 +262,42 @@ def layer_norm(
       >>> normjax.layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.ones(2)).round(3)
       Array([[0., 2.]], dtype=float32)
     """
-    name = "layer_norm"
-    x = _check.inexact(name, x)
-    along = _axes.canonical(name, axis, x.ndim)
-    names, groups = _check.devices(name, axis_name, axis_index_groups)
-    r = Reduction(along, names=names, groups=groups)
-    return _norm(
-        name,
+    return over_axes(
+        "layer_norm",
         x,
         scale,
         bias,
-        along,
-        r,
+        axis=axis,
         epsilon=epsilon,
         where=where,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
-    )[0]
+    )
+
+
+def over_axes(
+    name, x, scale, bias, *, axis, axis_name, axis_index_groups, centered=True, **common
+) -> jax.Array:
+    """`layer_norm` or `rms_norm`, for the function ``name`` that errors are to name."""
+    x = _check.inexact(name, x)
+    along = _axes.canonical(name, axis, x.ndim)
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
+    r = Reduction(along, names=names, groups=groups, centered=centered)
+    return _norm(name, x, scale, bias, along, r, **common)[0]
 
 
 def rms_norm(
-    x: Any,
-    scale: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
     *,
-    axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Divides each sample by the root of the mean square of its features.
@@ -287,7 +310,8 @@ def rms_norm(
       scale: of the shape of ``x`` along ``axis``, or of the rank of ``x`` and
         broadcasting to it, or None.
       axis: the axes reduced, one or several.
-      epsilon: added to the mean square; above zero.
+      epsilon: added to the mean square; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -302,7 +326,8 @@ def rms_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit.
 
@@ -311,38 +336,35 @@ def rms_norm(
       >>> normjax.rms_norm(jnp.array([[1.0, -1.0]]), jnp.array([1.0, 2.0])).round(3)
       Array([[ 1., -2.]], dtype=float32)
     """
-    name = "rms_norm"
-    x = _check.inexact(name, x)
-    along = _axes.canonical(name, axis, x.ndim)
-    names, groups = _check.devices(name, axis_name, axis_index_groups)
-    r = Reduction(along, names=names, groups=groups, centered=False)
-    return _norm(
-        name,
+    return over_axes(
+        "rms_norm",
         x,
         scale,
         None,
-        along,
-        r,
+        centered=False,
+        axis=axis,
         epsilon=epsilon,
         where=where,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
-    )[0]
+    )
 
 
 def group_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     num_groups: int,
-    axis: _axes.Axes | None = None,
-    feature_axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes | None = None,
+    feature_axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each sample over space and over groups of its features.
@@ -359,7 +381,8 @@ def group_norm(
       axis: the axes of space, reduced whole. None: all but the
         first axis that is not a feature axis, the batch.
       feature_axis: the axes, one or several, that own the parameters.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -375,7 +398,8 @@ def group_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if ``num_groups`` does not divide, or axes, shapes, weights, epsilon,
         axis names or sub-groups of devices do not fit.
 
@@ -408,17 +432,17 @@ def group_norm(
 
 
 def instance_norm(
-    x: Any,
-    scale: Any = None,
-    bias: Any = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: _axes.Axes | None = None,
-    feature_axis: _axes.Axes = -1,
-    epsilon: float = 1e-6,
-    where: Any = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
-    dtype: Any = None,
+    axis: Axes | None = None,
+    feature_axis: Axes = -1,
+    epsilon: Scalar = 1e-6,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalizes each feature of each sample over space.
@@ -434,7 +458,8 @@ def instance_norm(
       axis: the axes of space, reduced. None: all but the
         first axis that is not a feature axis, the batch.
       feature_axis: the axes, one or several, that own the parameters.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. A traced one has a derivative, too,
+        and is not checked.
       where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
         not negative, with which each does. ``y`` is zero where nothing counts, and not
         multiplied by a weight elsewhere.
@@ -449,7 +474,8 @@ def instance_norm(
       y, of the shape of ``x``.
 
     Raises:
-      TypeError: if an argument is an integer, or complex and y is not.
+      TypeError: if an argument is not of its kind: no array of numbers, no number, no
+        name; an integer; or complex where y is not.
       ValueError: if axes, shapes, weights, epsilon, axis names or sub-groups of devices
         do not fit.
 

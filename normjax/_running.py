@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import _check, _trees
+from normjax import _axes, _check, _trees
 from normjax._moments import Moments, added, by_parts, product, uniform, widened
 from normjax._moments import counted as zeroed
+from normjax._types import Axes, DTypeLike, Scalar
 
 
 def blend(old: jax.Array, new: jax.Array, part: Any, counted: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ class RunningMoments:
             object.__setattr__(self, "skipped", jnp.zeros_like(self.weight))
 
     @classmethod
-    def init(cls, shape: Any, dtype: Any = jnp.float32) -> "RunningMoments":
+    def init(cls, shape: Axes, dtype: DTypeLike = jnp.float32) -> "RunningMoments":
         """Returns running moments that have seen nothing.
 
         Args:
@@ -122,27 +123,22 @@ class RunningMoments:
           dtype: of the statistics, at least float32; complex for a complex mean.
 
         Raises:
-          TypeError: if ``dtype`` is an integer or holds less than float32.
+          TypeError: if ``dtype`` is an integer or holds less than float32, or ``shape``
+            is no shape.
+          ValueError: if ``shape`` has a negative size.
 
         Example:
           >>> import normjax
           >>> normjax.RunningMoments.init((3,)).weight
           Array([0., 0., 0.], dtype=float32)
         """
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32:
-            raise _check.error(
-                TypeError,
-                "RunningMoments.init",
-                "running statistics need at least float32",
-                f"dtype={dtype}",
-                "Leave dtype out",
-            )
+        shape = _axes.shape("RunningMoments.init", shape)
+        dtype = _check.statistics_dtype("RunningMoments.init", dtype)
         zeros = jnp.zeros(shape, jnp.finfo(dtype).dtype)
         return cls(zeros, zeros.astype(dtype), zeros, zeros, zeros)
 
     def update(
-        self, m: Moments, momentum: Any = 0.99, *, skip_nonfinite: bool = False
+        self, m: Moments, momentum: Scalar = 0.99, *, skip_nonfinite: bool = False
     ) -> "RunningMoments":
         """Returns the running moments after one more update.
 
@@ -159,7 +155,8 @@ class RunningMoments:
           New running moments; these do not change.
 
         Raises:
-          TypeError: if the mean of ``m`` is complex and the running one is not.
+          TypeError: if ``m`` is no `Moments`, ``momentum`` no number, or the mean of
+            ``m`` complex and the running one not.
           ValueError: if shapes do not fit or a concrete momentum is outside [0, 1].
 
         Example:
@@ -168,6 +165,7 @@ class RunningMoments:
           >>> normjax.RunningMoments.init((1,)).update(m, momentum=0.9).mean
           Array([4.], dtype=float32)
         """
+        m = uniform("RunningMoments.update", m)
         if m.shape != self.mean.shape:
             raise _check.error(
                 ValueError,
@@ -178,7 +176,6 @@ class RunningMoments:
                 "Pass what batch_norm returns, or drop the axes of size 1 that moments"
                 " keeps",
             )
-        m = uniform(m)
         if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(self.mean):
             raise _check.error(
                 TypeError,

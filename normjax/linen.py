@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax.typing import Axes, Dtype, Initializer
 
 from normjax import _axes, _check, _fused, _module, _norms, _trees
+from normjax._types import ArrayLike, AxisNames, Groups, Scalar
 
 __all__ = [
     "AddLayerNorm",
@@ -46,7 +47,7 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
         parameters["bias"] = module.param(
             "bias", module.bias_init, shape, module.param_dtype
         )
-    dtype = _module.flax_dtype(module.dtype, x, *parameters.values())
+    dtype = _module.flax_dtype(name, module.dtype, x, *parameters.values())
     return {
         **{k: _axes.lay(name, k, v, axes, x.shape) for k, v in parameters.items()},
         "epsilon": module.epsilon,
@@ -93,7 +94,7 @@ class BatchNorm(nn.Module):
       momentum: the part of the OLD running statistics that is kept at an update
         (PyTorch's momentum is one minus it). None: the cumulative average, of all
         updates alike. It and ``debias`` add ``batch_stats/count``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -141,17 +142,17 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool | None = None
-    axis: int = -1
+    axis: Axes = -1
     momentum: float | None = 0.99
-    epsilon: float = 1e-5
+    epsilon: Scalar = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
     use_scale: bool = True
     bias_init: Initializer = _zeros
     scale_init: Initializer = _ones
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     normalize_with: Literal["batch", "running"] | None = None
@@ -167,11 +168,11 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Any,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: Any = None,
-        momentum: Any = None,
+        mask: ArrayLike | None = None,
+        momentum: Scalar | None = None,
     ) -> jax.Array:
         """Normalizes ``x``, and updates the running statistics while training.
 
@@ -221,7 +222,7 @@ class LayerNorm(nn.Module):
     `normjax.layer_norm`.
 
     Attributes:
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -251,7 +252,7 @@ class LayerNorm(nn.Module):
       Array([[-1.,  1.]], dtype=float32)
     """
 
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
@@ -260,8 +261,8 @@ class LayerNorm(nn.Module):
     scale_init: Initializer = _ones
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -269,7 +270,7 @@ class LayerNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -308,7 +309,7 @@ class AddLayerNorm(LayerNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -334,7 +335,7 @@ class RMSNorm(nn.Module):
     ``flax.linen.RMSNorm``. See `normjax.rms_norm`.
 
     Attributes:
-      epsilon: added to the mean square; above zero.
+      epsilon: added to the mean square; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_scale: whether there is a scale.
@@ -362,15 +363,15 @@ class RMSNorm(nn.Module):
       Array([[ 1., -1.]], dtype=float32)
     """
 
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_scale: bool = True
     scale_init: Initializer = _ones
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -378,7 +379,7 @@ class RMSNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -417,7 +418,7 @@ class AddRMSNorm(RMSNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -445,7 +446,7 @@ class GroupNorm(nn.Module):
     Attributes:
       num_groups: how many groups; None if group_size is set.
       group_size: how many features in a group; None if num_groups is set.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -477,7 +478,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int | None = 32
     group_size: int | None = None
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
@@ -485,8 +486,8 @@ class GroupNorm(nn.Module):
     bias_init: Initializer = _zeros
     scale_init: Initializer = _ones
     reduction_axes: Axes | None = None
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -494,7 +495,7 @@ class GroupNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -525,7 +526,7 @@ class InstanceNorm(nn.Module):
     ``flax.linen.InstanceNorm``. See `normjax.instance_norm`.
 
     Attributes:
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -555,7 +556,7 @@ class InstanceNorm(nn.Module):
               [ 1.,  1.]]], dtype=float32)
     """
 
-    epsilon: float = 1e-6
+    epsilon: Scalar = 1e-6
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
@@ -563,8 +564,8 @@ class InstanceNorm(nn.Module):
     bias_init: Initializer = _zeros
     scale_init: Initializer = _ones
     feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
+    axis_name: AxisNames | None = None
+    axis_index_groups: Groups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     missing_axis: Literal["raise", "ignore"] = "raise"
@@ -572,7 +573,7 @@ class InstanceNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:

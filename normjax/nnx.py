@@ -18,6 +18,7 @@ from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 
 from normjax import _axes, _check, _fused, _module, _norms, _trees
+from normjax._types import ArrayLike, AxisNames, Groups, Scalar
 
 __all__ = [
     "AddLayerNorm",
@@ -42,12 +43,12 @@ class _Norm(nnx.Module):
     """What the modules share: fields, parameters, and the arguments of a norm."""
 
     num_features: int
-    epsilon: float
+    epsilon: Scalar
     dtype: Dtype | None
     param_dtype: Dtype
     scale: nnx.Param[jax.Array] | None
-    axis_name: Any
-    axis_index_groups: Any
+    axis_name: AxisNames | None
+    axis_index_groups: Groups | None
     promote_dtype: PromoteDtypeFn
     missing_axis: str
     mask_is_weight: bool
@@ -98,6 +99,11 @@ class _Norm(nnx.Module):
             operands = (x, *others[len(statistics) :])
             return jnp.zeros((), canonicalize_dtype(*operands, dtype=self.dtype))
 
+        if self.dtype is not None:
+            _check.array_dtype(name, self.dtype)
+        else:
+            todo = "Pass dtype=jnp.bfloat16, say, to the module"
+            _check.promotion(name, todo, x, *statistics, *parameters.values())
         with jax.numpy_dtype_promotion("standard"):
             y = jax.eval_shape(like_y, x, *statistics, *parameters.values())
         along = [x.shape[a] for a in axes]
@@ -142,7 +148,7 @@ class BatchNorm(_Norm):
       momentum: the part of the OLD running statistics that is kept at an update
         (PyTorch's momentum is one minus it). None: the cumulative average, of all
         updates alike. It and ``debias`` add the state ``count``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -211,17 +217,17 @@ class BatchNorm(_Norm):
         num_features: int,
         *,
         use_running_average: bool | None = False,
-        axis: int = -1,
+        axis: Axes = -1,
         momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
+        epsilon: Scalar = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
         bias_init: Initializer = _zeros,
         scale_init: Initializer = _ones,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -259,11 +265,11 @@ class BatchNorm(_Norm):
 
     def __call__(
         self,
-        x: Any,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: Any = None,
-        momentum: Any = None,
+        mask: ArrayLike | None = None,
+        momentum: Scalar | None = None,
     ) -> jax.Array:
         """Normalizes ``x``, and updates the running statistics while training.
 
@@ -341,7 +347,7 @@ class LayerNorm(_Norm):
 
     Args:
       num_features: number of features; the parameters have shape ``[num_features]``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -383,7 +389,7 @@ class LayerNorm(_Norm):
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
@@ -392,8 +398,8 @@ class LayerNorm(_Norm):
         scale_init: Initializer = _ones,
         reduction_axes: Axes = -1,
         feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -405,7 +411,7 @@ class LayerNorm(_Norm):
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -441,7 +447,7 @@ class AddLayerNorm(LayerNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -468,7 +474,7 @@ class RMSNorm(_Norm):
 
     Args:
       num_features: number of features; the parameters have shape ``[num_features]``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_scale: whether there is a scale.
@@ -506,15 +512,15 @@ class RMSNorm(_Norm):
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_scale: bool = True,
         scale_init: Initializer = _ones,
         reduction_axes: Axes = -1,
         feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -525,7 +531,7 @@ class RMSNorm(_Norm):
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
-    def __call__(self, x: Any, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -561,7 +567,7 @@ class AddRMSNorm(RMSNorm):
 
     # An argument and a result more than the class it builds on, by intent.
     def __call__(  # type: ignore[override]
-        self, x: Any, residual: Any, *, mask: Any = None
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Adds ``residual`` to ``x``, and normalizes the sum.
 
@@ -590,7 +596,7 @@ class GroupNorm(_Norm):
       num_features: number of features; the parameters have shape ``[num_features]``.
       num_groups: how many groups; None if group_size is set.
       group_size: how many features in a group; None if num_groups is set.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -635,7 +641,7 @@ class GroupNorm(_Norm):
         num_groups: int | None = 32,
         group_size: int | None = None,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
@@ -643,8 +649,8 @@ class GroupNorm(_Norm):
         bias_init: Initializer = _zeros,
         scale_init: Initializer = _ones,
         reduction_axes: Axes | None = None,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -673,7 +679,7 @@ class GroupNorm(_Norm):
         super().__setattr__("num_groups", value)
         super().__setattr__("group_size", self.num_features // value)
 
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:
@@ -701,7 +707,7 @@ class InstanceNorm(_Norm):
 
     Args:
       num_features: number of features; the parameters have shape ``[num_features]``.
-      epsilon: added to the variance; above zero.
+      epsilon: added to the variance; above zero. It may be traced.
       dtype: of the output; None for that of x with the parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -743,7 +749,7 @@ class InstanceNorm(_Norm):
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
+        epsilon: Scalar = 1e-6,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
@@ -751,8 +757,8 @@ class InstanceNorm(_Norm):
         bias_init: Initializer = _zeros,
         scale_init: Initializer = _ones,
         feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = _promote,
         rngs: nnx.Rngs,
@@ -764,7 +770,7 @@ class InstanceNorm(_Norm):
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
-    def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes ``x``.
 
         Args:

@@ -1,15 +1,18 @@
 """Bad input: every error says the rule, the facts and what to do, and harms nothing."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from contexts import mesh
+from flax import nnx as flax_nnx
 from jax.sharding import PartitionSpec as P
 
 import normjax
-from normjax import linen
+from normjax import linen, nnx
 
 x = jnp.zeros((2, 8, 8, 32))
 FUNCTIONS = {
@@ -221,13 +224,76 @@ def test_epsilon_may_be_smaller_in_float64(float64):
 
 
 @pytest.mark.parametrize("name", WITH_EPSILON)
-def test_traced_epsilon(name):
+def test_epsilon_that_is_infinite_in_the_dtype_of_the_statistics(name):
+    """In float32 it made y zero."""
     message = (
-        f"{name}: epsilon is part of the compiled program and must be a number. Got a"
-        " traced value. Pass a Python float, or name the argument in static_argnames."
+        f"{name}: epsilon must be finite in the dtype of the statistics, float32. Got"
+        " epsilon=1e+39, and the largest float32 is 3.4e+38. Pass epsilon=1e-6, say."
+    )
+    with raises(ValueError, message):
+        FUNCTIONS[name](x, epsilon=1e39)
+
+
+@pytest.mark.parametrize("name", WITH_EPSILON)
+@pytest.mark.parametrize(
+    ("epsilon", "got"),
+    [
+        (True, "epsilon=True"),
+        (np.True_, "epsilon=np.True_"),
+        ("1e-5", "epsilon='1e-5'"),
+        (1e-5j, "epsilon=1e-05j"),
+        (object(), "epsilon of type object"),
+    ],
+)
+def test_epsilon_that_is_no_number(name, epsilon, got):
+    message = f"{name}: epsilon must be a number above zero. Got {got}. Pass epsilon=1e-6, say."
+    with raises(TypeError, message):
+        FUNCTIONS[name](x, epsilon=epsilon)
+
+
+def test_epsilon_that_is_left_to_the_dtype():
+    message = (
+        "rms_norm: epsilon must be a number above zero. Got epsilon=None. Pass"
+        " jnp.finfo(jnp.float32).eps, PyTorch's None for up to float32."
     )
     with raises(TypeError, message):
-        jax.jit(lambda e: FUNCTIONS[name](x, epsilon=e))(1e-6)
+        normjax.rms_norm(x, epsilon=None)
+    normjax.rms_norm(x, epsilon=jnp.finfo(jnp.float32).eps)
+
+
+def test_epsilon_of_each_feature():
+    message = (
+        "rms_norm: epsilon must be one number, for all features. Got epsilon.shape=(32,)."
+        " Pass epsilon=1e-6, say."
+    )
+    with raises(TypeError, message):
+        normjax.rms_norm(x, epsilon=jnp.full(32, 1e-6))
+    with raises(TypeError, message):
+        jax.jit(lambda e: normjax.rms_norm(x, epsilon=e))(jnp.full(32, 1e-6))
+
+
+@pytest.mark.parametrize("momentum", [True, "0.9", None, 0.9j])
+def test_momentum_that_is_no_number(momentum):
+    message = (
+        "RunningMoments.update: momentum is the part of the old value that is kept and"
+        f" must lie in [0, 1]. Got momentum={momentum!r}. Pass momentum=0.99, say."
+    )
+    with raises(TypeError, message):
+        normjax.RunningMoments.init((32,)).update(GIVEN, momentum=momentum)
+
+
+@pytest.mark.parametrize("momentum", [True, "0.9"])
+@pytest.mark.parametrize("call", [False, True])
+def test_momentum_of_a_module_that_is_no_number(momentum, call):
+    message = (
+        "BatchNorm: momentum is the part of the old value that is kept and must lie in"
+        f" [0, 1]. Got momentum={momentum!r}. Pass momentum=0.99, say."
+    )
+    norm = linen.BatchNorm(False, **({} if call else {"momentum": momentum}))
+    variables = norm.init(jax.random.key(0), x)
+    with raises(TypeError, message):
+        given = {"momentum": momentum} if call else {}
+        norm.apply(variables, x, **given, mutable=["batch_stats"])
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
@@ -448,7 +514,7 @@ def test_running_moments_of_another_shape():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
 def test_running_moments_of_low_precision(dtype):
     message = (
-        "RunningMoments.init: running statistics need at least float32. Got"
+        "RunningMoments.init: statistics need at least float32. Got"
         f" dtype={dtype}. Leave dtype out."
     )
     with raises(TypeError, message):
@@ -474,7 +540,294 @@ def test_moments_that_do_not_fit_x():
         normjax.normalize(x, normjax.batch_norm(jnp.ones((2, 3)))[1], epsilon=1e-5)
 
 
+def test_merge_along_more_than_one_axis():
+    message = "merge: axis must be one. Got axis=(0, 1). Call it once for each."
+    with raises(ValueError, message):
+        normjax.merge(normjax.moments(x, 0), (0, 1))
+
+
+@pytest.mark.parametrize("field", ["count", "var", "carry"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("normalize", lambda m: normjax.normalize(x, m, epsilon=1e-5)),
+        ("batch_norm", lambda m: normjax.batch_norm(x, moments=m)),
+        ("Moments.merge", lambda m: m.merge(GIVEN)),
+        ("RunningMoments.update", normjax.RunningMoments.init((32,)).update),
+        ("merge", lambda m: normjax.merge(m, 0)),
+    ],
+)
+def test_moments_with_a_complex_field_that_is_real(name, call, field):
+    what = f"{'m' if name == 'merge' else 'moments'}.{field}"
+    m = dataclasses.replace(GIVEN, **{field: jnp.ones(32, jnp.complex64)})
+    message = (
+        f"{name}: {what} must be real. Got {what}.dtype=complex64. Pass {what}.real."
+    )
+    with raises(TypeError, message):
+        call(m)
+
+
+def test_moments_with_a_complex_rest_of_a_real_mean():
+    message = (
+        "normalize: moments.rest must be real, as the mean is. Got"
+        " moments.rest.dtype=complex64, moments.mean.dtype=float32. Pass"
+        " moments.rest.real."
+    )
+    with raises(TypeError, message):
+        m = dataclasses.replace(GIVEN, rest=jnp.zeros(32, jnp.complex64))
+        normjax.normalize(x, m, epsilon=1e-5)
+
+
+def test_moments_with_a_mean_of_integers():
+    message = (
+        "normalize: moments.mean must be floating or complex. Got"
+        " moments.mean.dtype=int32. Pass moments.mean.astype(jnp.float32)."
+    )
+    with raises(TypeError, message):
+        m = normjax.Moments(jnp.ones(32), jnp.zeros(32, jnp.int32), jnp.ones(32))
+        normjax.normalize(x, m, epsilon=1e-5)
+
+
+def test_moments_whose_fields_do_not_fit_each_other():
+    message = (
+        "merge: m.var must broadcast to m.mean. Got m.var.shape=(3,), m.mean.shape=(32,)."
+        " Pass a m.var whose axes, from the last, are 1 or those of m.mean."
+    )
+    with raises(ValueError, message):
+        normjax.merge(dataclasses.replace(GIVEN, var=jnp.ones(3)), 0)
+
+
+def test_running_moments_given_for_moments():
+    running = normjax.RunningMoments.init((32,)).update(GIVEN)
+    message = (
+        "batch_norm: moments must be Moments. Got moments of type RunningMoments. Pass"
+        " what moments or batch_norm returns; of running moments, what read() does."
+    )
+    with raises(TypeError, message):
+        normjax.batch_norm(x, moments=running)
+    normjax.batch_norm(x, moments=running.read())
+
+
+@pytest.mark.parametrize("shape", [(2, -1), 10**30])
+def test_running_moments_of_no_size(shape):
+    message = (
+        "RunningMoments.init: shape must have sizes that are not negative, and fit 64"
+        f" bits. Got shape={shape}. Pass the shape of the features."
+    )
+    with raises(ValueError, message):
+        normjax.RunningMoments.init(shape)
+
+
+def test_moments_of_low_precision():
+    message = (
+        "Moments.empty: statistics need at least float32. Got dtype=float16. Leave dtype"
+        " out."
+    )
+    with raises(TypeError, message):
+        normjax.Moments.empty((3,), jnp.float16)
+
+
+# Arguments that are no arrays; test_arguments.py has all of them, at every door.
+
+NO_ARRAYS = [
+    (None, "x=None", "Pass an array of JAX or NumPy"),
+    ("text", "x='text'", "Pass an array of JAX or NumPy"),
+    (object(), "x of type object", "Pass an array of JAX or NumPy"),
+    ({"a": 1.0}, "x={'a': 1.0}", "Pass an array of JAX or NumPy"),
+    ([[1.0], [1.0, 2.0]], "x=[[1.0], [1.0, 2.0]]", "Pass an array of JAX or NumPy"),
+    (
+        np.zeros(2, [("a", "f4"), ("b", "i4")]),
+        "x.dtype=[('a', '<f4'), ('b', '<i4')], x.shape=(2,)",
+        "Pass one of its fields, x['a']",
+    ),
+    (
+        np.ones(2, np.longdouble),
+        f"x.dtype={np.dtype(np.longdouble)}, x.shape=(2,)",
+        "Pass x.astype(np.float64)",
+    ),
+    (
+        np.ones(2, np.clongdouble),
+        f"x.dtype={np.dtype(np.clongdouble)}, x.shape=(2,)",
+        "Pass x.astype(np.complex128)",
+    ),
+    (
+        np.zeros(2, object),
+        "x.dtype=object, x.shape=(2,)",
+        "Pass x.astype(np.float64)",
+    ),
+    (
+        np.zeros(2, "datetime64[D]"),
+        "x.dtype=datetime64[D], x.shape=(2,)",
+        "Pass an array of JAX or NumPy",
+    ),
+    (
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+        "x=ShapeDtypeStruct(shape=(2,), dtype=float32)",
+        "It has no values: call the function by jax.eval_shape",
+    ),
+    (jax.new_ref(jnp.ones(2)), "x, a reference to an array", "Pass x[...]"),
+    (
+        jax.random.key(0),
+        "x.dtype=key<fry>, x.shape=()",
+        "Pass an array of JAX or NumPy",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "got", "todo"), NO_ARRAYS)
+def test_x_that_is_no_array(value, got, todo):
+    message = f"layer_norm: x must be an array of numbers. Got {got}. {todo}."
+    with raises(TypeError, message):
+        normjax.layer_norm(value)
+
+
+def test_ref_within_jit():
+    message = (
+        "layer_norm: x must be an array of numbers. Got x, a reference to an array."
+        " Pass x[...]."
+    )
+    with raises(TypeError, message):
+        jax.jit(normjax.layer_norm)(jax.new_ref(jnp.ones(2)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_masked_x(name):
+    message = (
+        f"{name}: x must not be a masked array, because its mask would be lost. Got x of"
+        " type MaskedArray. Pass x.data, and ~np.ma.getmaskarray(x) as where, or as the"
+        " mask of a module."
+    )
+    masked = np.ma.masked_less(np.asarray(x) + np.arange(32.0), 3)
+    with raises(TypeError, message):
+        FUNCTIONS[name](masked)
+    y = FUNCTIONS[name](masked.data, where=~np.ma.getmaskarray(masked))
+    assert not np.asarray(jax.tree.leaves(y)[0])[..., :3].any()
+
+
+def test_masked_scale():
+    message = (
+        "layer_norm: scale must not be a masked array, because its mask would be lost. Got"
+        " scale of type MaskedArray. Pass scale.filled() with a value that says what is"
+        " meant."
+    )
+    with raises(TypeError, message):
+        normjax.layer_norm(x, np.ma.array(np.ones(32), mask=np.arange(32) == 0))
+
+
+def test_residual_of_integers():
+    message = (
+        "add_layer_norm: residual must be floating, because its mean and its normalized"
+        " values are not integers. Got residual.dtype=int32. Pass"
+        " residual.astype(jnp.float32)."
+    )
+    with raises(TypeError, message):
+        normjax.add_layer_norm(x, x.astype(jnp.int32))
+
+
+def test_errors_name_the_function_that_was_called():
+    message = (
+        "add_layer_norm: scale must be floating or complex. Got scale.dtype=int32. Pass"
+        " scale.astype(jnp.float32)."
+    )
+    with raises(TypeError, message):
+        normjax.add_layer_norm(x, x, jnp.ones(32, jnp.int32))
+    with raises(TypeError, message.replace("add_layer_norm", "batch_norm")):
+        normjax.batch_norm(x, jnp.ones(32, jnp.int32), moments=GIVEN)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "got"),
+    [
+        ("float31", "dtype='float31'"),
+        (">f4", "dtype='>f4'"),
+        (np.longdouble, "dtype=<class 'numpy.longdouble'>"),
+        (True, "dtype=True"),
+        (("f4", "f4"), "dtype=('f4', 'f4')"),
+        (jnp.ones(2), "dtype.dtype=float32, dtype.shape=(2,)"),
+    ],
+)
+def test_dtype_that_is_none_of_jax(dtype, got):
+    message = (
+        f"layer_norm: dtype must be one that JAX has. Got {got}. Pass dtype=jnp.float32,"
+        " say."
+    )
+    with raises(TypeError, message):
+        normjax.layer_norm(x, dtype=dtype)
+    with raises(TypeError, message.replace("layer_norm", "LayerNorm")):
+        nnx.LayerNorm(32, dtype=dtype, rngs=flax_nnx.Rngs(0))(x)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32"])
+def test_activation_that_leaves_no_floating_result(dtype):
+    message = (
+        "layer_norm: activation must return what y is, floating or complex. Got a result"
+        f" of dtype {dtype}. Apply what returns {dtype} to what the norm returns."
+    )
+    with raises(TypeError, message):
+        normjax.layer_norm(x, activation=lambda y: y.astype(dtype))
+
+
+def test_activation_that_returns_no_array():
+    message = (
+        "layer_norm: what activation returns must be an array of numbers. Got what"
+        " activation returns=None. Pass an array of JAX or NumPy."
+    )
+    with raises(TypeError, message):
+        normjax.layer_norm(x, activation=lambda y: None)
+
+
 # Modules.
+
+
+def test_training_switch_that_is_traced():
+    message = (
+        "BatchNorm: use_running_average is part of the compiled program and must be True"
+        " or False. Got a traced value. Pass a bool, or name the argument in"
+        " static_argnames."
+    )
+    norm = linen.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, True)
+    with raises(TypeError, message):
+        jax.jit(lambda train: norm.apply(variables, x, ~train))(True)
+
+
+def test_training_switch_that_is_a_word():
+    message = (
+        "BatchNorm: use_running_average is part of the compiled program and must be True"
+        " or False. Got use_running_average='eval'. Pass a bool, or name the argument in"
+        " static_argnames."
+    )
+    with raises(TypeError, message):
+        linen.BatchNorm(use_running_average="eval").init(jax.random.key(0), x)
+
+
+def test_field_that_is_no_choice():
+    message = (
+        "LayerNorm: missing_axis must be one of 'raise', 'ignore'. Got"
+        " missing_axis.dtype=float32, missing_axis.shape=(2,). Pass missing_axis='ignore',"
+        " say."
+    )
+    with raises(ValueError, message):
+        linen.LayerNorm(missing_axis=jnp.ones(2)).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_x_of_eight_bits_without_a_dtype_of_y(kind):
+    message = (
+        "LayerNorm: x must be of a dtype that JAX promotes with the others. Got x of"
+        " float8_e4m3fn, others of float32. Pass dtype=jnp.bfloat16, say, to the module."
+    )
+    narrow = jnp.ones((2, 4), jnp.float8_e4m3fn)
+
+    def call(**fields):
+        if kind == "linen":
+            module = linen.LayerNorm(**fields)
+            return module.init_with_output(jax.random.key(0), narrow)[0]
+        return nnx.LayerNorm(4, **fields, rngs=flax_nnx.Rngs(0))(narrow)
+
+    with raises(TypeError, message):
+        call()
+    assert call(dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_mask_of_a_module_with_one_axis_less_than_x():

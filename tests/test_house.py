@@ -17,6 +17,7 @@ PACKAGE = pathlib.Path(normjax.__file__).parent
 # A file imports only from files of lower numbers, never its own.
 ORDER = {
     "_check": 0,
+    "_types": 0,
     "_axes": 1,
     "_trees": 1,
     "_moments": 2,

@@ -340,8 +340,9 @@ BAD = [
     ),
     (
         lambda x: normjax.add_layer_norm(x, x.astype(int)),
-        "add_layer_norm: x must be floating, because its mean and its normalized values"
-        " are not integers. Got x.dtype=int32. Pass x.astype(jnp.float32).",
+        "add_layer_norm: residual must be floating, because its mean and its normalized"
+        " values are not integers. Got residual.dtype=int32. Pass"
+        " residual.astype(jnp.float32).",
     ),
 ]
 

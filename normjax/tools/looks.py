@@ -452,7 +452,7 @@ def _see(
 
 def _whole(m: Moments) -> tuple[jax.Array, jax.Array]:
     """Mean and spread over all channels."""
-    m = _moments.merge(jax.tree.map(jnp.ravel, _moments.uniform(m)), 0)
+    m = _moments.merge(jax.tree.map(jnp.ravel, _moments.uniform("look", m)), 0)
     return m.mean[0], jnp.sqrt(m.var[0])
 
 
