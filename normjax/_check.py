@@ -259,7 +259,8 @@ def statistic(name: str, field: str, of: str, value: Any) -> jax.Array:
     what = f"{of}.{field}"
     a = array(name, what, value)
     real = field not in ("mean", "rest")
-    if field in ("count", "carry") and jnp.issubdtype(a.dtype, jnp.integer):
+    counts = field in ("count", "carry", "squares")
+    if counts and jnp.issubdtype(a.dtype, jnp.integer):
         a = a.astype(jnp.float32)
     if real and jnp.iscomplexobj(a):
         raise error(
