@@ -66,19 +66,7 @@ def array(name: str, what: str, value: Any) -> jax.Array:
     if isinstance(value, jax.Array) and _has_numbers(value):
         return value
     if any(isinstance(v, np.ma.MaskedArray) for v in _leaves(value)):
-        todo = f"Pass {what}.filled() with a value that says what is meant"
-        if what in ("x", "residual"):
-            todo = (
-                f"Pass {what}.data, and ~np.ma.getmaskarray({what}) as where, or as the"
-                " mask of a module"
-            )
-        raise error(
-            TypeError,
-            name,
-            f"{what} must not be a masked array, because its mask would be lost",
-            f"{what} of type {type(value).__name__}",
-            todo,
-        )
+        raise _masked(name, what, value)
     cause: Exception | None = None
     # JAX would take a ref for an array, and NumPy a letter in a list for a dtype.
     if not isinstance(value, jax.Ref) and not _has_letters(value):
@@ -97,6 +85,23 @@ def array(name: str, what: str, value: Any) -> jax.Array:
         shown(what, value),
         _instead(what, value),
     ) from cause
+
+
+def _masked(name: str, what: str, value: Any) -> Exception:
+    """The error for a masked array of NumPy's."""
+    todo = f"Pass {what}.filled() with a value that says what is meant"
+    if what in ("x", "residual"):
+        todo = (
+            f"Pass {what}.data, and ~np.ma.getmaskarray({what}) as where, or as the"
+            " mask of a module"
+        )
+    return error(
+        TypeError,
+        name,
+        f"{what} must not be a masked array, because its mask would be lost",
+        f"{what} of type {type(value).__name__}",
+        todo,
+    )
 
 
 def _has_numbers(a: jax.Array) -> bool:

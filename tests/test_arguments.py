@@ -536,6 +536,19 @@ def test_modules_take_the_epsilons_that_flax_takes(library, kind):
     family.assert_close(of(ours), of(theirs), 12)
 
 
+@pytest.mark.parametrize("kind", ["LayerNorm", "BatchNorm"])
+def test_an_epsilon_may_be_a_parameter(kind):
+    x = jnp.sin(jnp.arange(24.0)).reshape(2, 3, 4)
+
+    def gradient(modules):
+        epsilon = flax_nnx.Param(jnp.float32(0.3))
+        module = getattr(modules, kind)(4, epsilon=epsilon, rngs=flax_nnx.Rngs(0))
+        of = flax_nnx.grad(lambda module: jnp.sin(module(x)).sum())
+        return jax.tree.leaves(flax_nnx.jit(of)(module)["epsilon"])
+
+    family.assert_close(gradient(nnx), gradient(flax_nnx), 12)
+
+
 @pytest.mark.parametrize(
     "epsilon",
     [
