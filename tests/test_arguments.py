@@ -296,15 +296,8 @@ def test_what_has_no_numbers_is_refused(form):
         assert argument in str(error), kind
 
 
-# Flax's own error says which parameter of which module is of another shape; and what
-# shape a momentum has, is not looked at here.
+# Flax's own error says which parameter of which module is of another shape.
 OF_OTHER_FEATURES = {"empty list", "array"}
-OF_MORE_AXES = {
-    "list of arrays",
-    "matrix",
-    "nested tuple",
-    "float8 x",
-} | OF_OTHER_FEATURES
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f[0]}-{f[1]}")
@@ -316,8 +309,6 @@ def test_what_may_be_taken_is_taken_or_refused_whole(form):
         for kind, value in OTHERS.items():
             linen_x = name.startswith("linen") and argument == "x"
             if linen_x and kind in OF_OTHER_FEATURES:
-                continue
-            if argument == "momentum" and kind in OF_MORE_AXES:
                 continue
             if argument == "activation" and callable(value):
                 continue
