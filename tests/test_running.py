@@ -1,5 +1,7 @@
 """Running statistics: what moves them, what does not, and where they are kept."""
 
+import dataclasses
+
 import flax.linen
 import flax.nnx
 import jax
@@ -263,6 +265,17 @@ def test_bad_updates_of_running_moments(context):
     assert np.isnan(ruined.var[1:]).all() and (ruined.skipped == running.skipped).all()
 
 
+def test_a_count_that_is_nan_is_not_taken_for_none():
+    """It ruins what it touches, as other values that are NaN do, or it is left out."""
+    running = normjax.RunningMoments.init((4,)).update(moments(X), 0.5)
+    m = moments(2 * X)
+    m = dataclasses.replace(m, count=m.count.at[1].set(jnp.nan))
+    assert np.isnan(running.update(m, 0.5).count[1])
+    after = running.update(m, 0.5, skip_nonfinite=True)
+    np.testing.assert_array_equal(after.skipped, [0, 1, 0, 0])
+    close(after.mean[1], X.mean(0)[1])
+
+
 @both
 def test_a_count_that_is_not_finite_is_left_out(system):
     """Of weights that add up to more than float32 holds."""
@@ -356,17 +369,18 @@ def test_debiased_momentum_nearer_to_1_than_float32_can_tell(system):
     close(norm.statistics["mean"], 2 * X.mean(0))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_parts_that_float32_cannot_take_from_1_make_no_drift():
-    """1 - part is rounded; what it loses would add 4e-8 of the mean at each update."""
+    """1 - part is rounded; what it loses would add 2e-8 of the mean at each update."""
     part, updates = 1 / 12_000_000, 300_000
-    spread = jnp.linspace(5.0, 15.0, 64)
+    noise = 10 * jax.random.normal(jax.random.key(0), (1000, 64))
+    noise = noise - noise.mean(0)
 
     def step(old, i):
-        new = 1 + spread * (1 - 2 * (i % 2).astype(jnp.float32))
-        return blend(old, new, part, jnp.ones(64, bool)), None
+        return blend(old, 1 + noise[i % 1000], part, jnp.ones(64, bool)), None
 
     found, _ = jax.jit(lambda i: lax.scan(step, jnp.ones(64), i))(jnp.arange(updates))
-    assert abs(found - 1).max() < 1e-5
+    assert abs(found.mean() - 1) < 5e-4  # and not 7e-3
 
 
 def test_momentum_of_another_shape():

@@ -281,14 +281,20 @@ def test_running_moments_of_four_fields():
     np.testing.assert_array_equal(skipped, [0, 1, 1, 1])
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_flax_may_be_imported_before_and_after(late):
+@pytest.mark.parametrize("when", ["before", "after", "unpickled"])
+def test_flax_may_be_imported_before_and_after(when):
     """In a process of its own, since here it has been."""
-    first, second = ("normjax", "flax.serialization")[:: -1 if late else 1]
+    modules = ["normjax", "flax.serialization"]
+    make = "import normjax; running = normjax.RunningMoments.init((2,))"
+    if when == "unpickled":
+        value = pickle.dumps(normjax.RunningMoments.init((2,)))
+        make = f"import pickle; running = pickle.loads({value!r})"
+        modules = modules[1:]
+    imports = ", ".join(modules[:: -1 if when == "before" else 1])
     code = f"""
-import sys, {first}, {second}
-import jax.numpy as jnp, normjax, flax.serialization as s
-running = normjax.RunningMoments.init((2,))
+import {imports}
+import flax.serialization as s
+{make}
 assert s.from_bytes(running, s.to_bytes(running)).mean.shape == (2,)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -155,10 +155,11 @@ def test_debiased_average_forgets_its_start(system, momentum):
 
 
 @both
-def test_the_first_debiased_update_leaves_nothing_of_the_start(system):
+@pytest.mark.parametrize("momentum", [0.8, 0.9, 0.95])
+def test_the_first_debiased_update_leaves_nothing_of_the_start(system, momentum):
     """Not even a rounding error of it, which is 1 where the variance is 1e-8."""
     x = 1e-4 * batches(1)[0]
-    norm = system("BatchNorm", x, momentum=0.8, debias=True)
+    norm = system("BatchNorm", x, momentum=momentum, debias=True)
     norm(x, use_running_average=False)
     want = moments(x)[1]
     np.testing.assert_allclose(norm.statistics["var"], want, rtol=1e-5)
