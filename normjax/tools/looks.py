@@ -16,6 +16,7 @@ import numpy as np
 from normjax import _check, _module, _moments
 from normjax._moments import Moments
 from normjax.tools.models import (
+    check_concrete,
     flat,
     kind_of,
     nnx_modules,
@@ -245,6 +246,7 @@ def look(model: Any, *args: Any, **kwargs: Any) -> Looks:
       >>> [(seen.name, seen.values) for seen in tools.look(model, variables, x)]
       [('layers_1', 4.0)]
     """
+    check_concrete("look", (args, kwargs))
     if system_of("look", model) == "linen":
         mutable = kwargs.pop("mutable", False)  # what it returns changed is not used
         seen = _compiled(model, _Mutable(mutable), args, kwargs)
