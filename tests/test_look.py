@@ -394,6 +394,55 @@ def test_nnx_is_seen_through_its_own_transforms():
     ]
 
 
+class Views(nn.Module):
+    """Two views of each sample, and a norm that takes both as one batch."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.vmap(
+            linen.BatchNorm,
+            variable_axes={"params": None, "batch_stats": None},
+            split_rngs={"params": False},
+            out_axes=1,
+            axis_name="views",
+        )
+        return norm(False, axis_name="views", name="norm")(jnp.stack([x, 3 * x]))
+
+
+class NnxViews(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(4, axis_name="views", rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        axes = {"in_axes": (None, 0), "out_axes": 1, "axis_name": "views"}
+        return nnx.vmap(lambda m, x: m(x), **axes)(self.norm, jnp.stack([x, 3 * x]))
+
+
+@pytest.mark.parametrize("system", ["linen", "nnx"])
+def test_a_norm_that_a_vmap_syncs_is_one_call_of_all_its_values(system):
+    x, given = jnp.asarray(X[:, 0]), {}
+    if system == "linen":
+        model, stats = Views(), {"mean": jnp.zeros(4), "var": jnp.ones(4)}
+        params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+        variables = {"params": {"norm": params}, "batch_stats": {"norm": stats}}
+        (seen,) = tools.look(model, variables, x)
+        given = {"variables": variables}
+    else:
+        model = NnxViews()
+        (seen,) = tools.look(model, x)
+    both = np.concatenate([X[:, 0], 3 * X[:, 0]]).astype(np.float64)
+    assert (seen.name, seen.values) == ("norm", 12.0)
+    close(seen.channels["mean"], both.mean(0))
+    close(seen.channels["std"], both.std(0))
+    y = (both - both.mean(0)) / np.sqrt(both.var(0) + 1e-5)
+    close(seen.channels["output_std"], y.std(0))
+    close(seen.channels["output_max"], y.max(0))
+    findings = {f.name: f.what for f in tools.doctor(model, x, **given).findings}
+    assert "updated-twice" not in findings and "never-updated" in findings
+    shift = np.abs(both.mean(0)).mean()
+    assert f"means by {shift:.2g} deviations" in findings["train-eval-gap"]
+
+
 class Recurrent(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -59,9 +59,9 @@ class Watch:
 
     Attributes:
       mode: "batch": batch norms normalize as the model says, but by themselves on each
-        device, and moments are measured; "resampled": the same, but by the moments of
-        samples that count by ``weights``; "running": by running statistics, whatever
-        the model says; "own": as it says.
+        device around it, and moments are measured; "resampled": the same, but by the
+        moments of samples that count by ``weights``; "running": by running statistics,
+        whatever the model says; "own": as it says.
       seen: the calls of each norm, by path; those of a loop's body once.
       found: the kind of each norm, and the module bound to no variables; of linen.
       weights: ``[samples]``, how often each sample counts; None for once.
@@ -171,7 +171,8 @@ def _moments_of(module: Any, x: jax.Array, mask: Any, weights: Any = None) -> An
         each = jnp.repeat(weights, len(x) // len(weights))
         each = _axes.sharded_like(each.reshape(-1, *[1] * (x.ndim - 1)), x)
         where = each if where is None else where * each
-    return _norms.batch_norm(x, feature_axis=axes, where=where)[1]
+    devices = models.devices_of(module)
+    return _norms.batch_norm(x, feature_axis=axes, where=where, **devices)[1]
 
 
 def _noted(
@@ -201,11 +202,14 @@ def _layers(library: str) -> tuple:
     return tuple(getattr(there, name) for name in _LAYERS if hasattr(there, name))
 
 
-# Fields that say which statistics normalize, and on which devices they are.
-_SWITCHES = (
-    *("use_running_average", "normalize_with", "update_statistics"),
-    *("axis_name", "axis_index_groups"),
-)
+def _switched(module: Any) -> dict[str, Any]:
+    """Fields of a batch norm that is told which statistics normalize.
+
+    They are of the named axes that are there.
+    """
+    switches = {name: None for name in ("normalize_with", "update_statistics")}
+    fields = {**switches, **models.devices_of(module)}
+    return {name: a for name, a in fields.items() if hasattr(module, name)}
 
 
 # Linen.
@@ -265,7 +269,7 @@ def _linen_batch_norm(
     def call(x: jax.Array, with_running: bool) -> jax.Array:
         if watch.mode == "own":
             return module(x, use_running_average, **kwargs)
-        changed = {name: None for name in _SWITCHES if hasattr(module, name)}
+        changed = {"use_running_average": None, **_switched(module)}
         other = module.clone(parent=module.scope.rewound(), **changed)
         return other(x, use_running_average=with_running, **kwargs)
 
@@ -429,18 +433,13 @@ def _nnx_batch_norm(
     def call(x: jax.Array, with_running: bool) -> jax.Array:
         if watch.mode == "own":
             return own(x, use_running_average, **kwargs)
-        changed = {
-            name: getattr(module, name)
-            for name in _SWITCHES[1:]
-            if hasattr(module, name)
-        }
-        for name in changed:
-            setattr(module, name, None)
+        changed = _switched(module)
+        before = {name: getattr(module, name) for name in changed}
+        vars(module).update(changed)
         try:
             return own(x, use_running_average=with_running, **kwargs)
         finally:
-            for name, value in changed.items():
-                setattr(module, name, value)
+            vars(module).update(before)
 
     return _batch_norm(watch, module, _Variables(get, put, call), x, mask, noted)
 

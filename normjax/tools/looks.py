@@ -17,6 +17,7 @@ from normjax import _check, _module, _moments
 from normjax._moments import Moments
 from normjax.tools.models import (
     check_concrete,
+    devices_of,
     flat,
     kind_of,
     nnx_modules,
@@ -509,11 +510,15 @@ def _see(
     is_weight = getattr(module, "mask_is_weight", False)
     where = _module.flax_mask(kind, kwargs.get("mask"), x.shape, is_weight)
 
-    m = _moments.moments(x, others, where=where)
-    n = _moments.moments(y, others, where=where)
+    # Of all that a batch norm takes as one batch.
+    devices = devices_of(module) if kind == "BatchNorm" else {}
+    m = _moments.moments(x, others, where=where, **devices)
+    n = _moments.moments(y, others, where=where, **devices)
     largest = jnp.max(
         y, others, initial=-jnp.inf, where=None if where is None else where > 0
     )
+    if names := devices.get("axis_name"):
+        largest = _moments.gathered(largest, names).max(0)
     rows = {
         "mean": m.mean,
         "std": jnp.sqrt(m.var),

@@ -136,6 +136,18 @@ def kind_of(module: Any) -> str | None:
     return None
 
 
+def devices_of(norm: Any) -> dict[str, Any]:
+    """The named axes of a norm that are there where it is called, as arguments.
+
+    Of a ``vmap`` within the model; those of the devices around its call are not.
+    """
+    names = getattr(norm, "axis_name", None)
+    names = names if isinstance(names, (tuple, list)) else (names,)
+    bound = tuple(n for n in names if n is not None and _check.is_bound(n))
+    groups = norm.axis_index_groups if bound and len(bound) == len(names) else None
+    return {"axis_name": bound or None, "axis_index_groups": groups}
+
+
 def patterns(name: str, paths: Any) -> tuple[str, ...]:
     """Returns one pattern of paths or several as a tuple."""
     found = (paths,) if isinstance(paths, str) else paths
