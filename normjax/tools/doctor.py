@@ -108,7 +108,8 @@ def doctor(
     """Looks for what goes wrong with norms, and says what to type against it.
 
     A model is called twice in one compiled program, once as its arguments have it and
-    once with running statistics in all batch norms; what it is given is never changed.
+    once with running statistics in all batch norms; and 17 times more where outputs
+    differ much, to learn what of it is chance. What it is given is never changed.
     The faults are in a table of the documentation, and a report names the checks that
     could not be made.
 
