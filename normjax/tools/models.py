@@ -3,9 +3,10 @@
 import contextlib
 import contextvars
 import fnmatch
+import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
       model: a linen or nnx module, or what `replace` returned.
       *args: for linen: arguments of the model's call; arrays or
         ``jax.ShapeDtypeStruct``. What is neither is passed on as it is.
-      **kwargs: the same, by name.
+      **kwargs: the same, by name; ``rngs`` and ``method`` as ``model.apply`` has them.
 
     Returns:
       The norms of Flax's classes and of normjax's, in the order of their first call, or
@@ -135,6 +136,18 @@ def kind_of(module: Any) -> str | None:
     return None
 
 
+def devices_of(norm: Any) -> dict[str, Any]:
+    """The named axes of a norm that are there where it is called, as arguments.
+
+    Of a ``vmap`` within the model; those of the devices around its call are not.
+    """
+    names = getattr(norm, "axis_name", None)
+    names = names if isinstance(names, (tuple, list)) else (names,)
+    bound = tuple(n for n in names if n is not None and _check.is_bound(n))
+    groups = norm.axis_index_groups if bound and len(bound) == len(names) else None
+    return {"axis_name": bound or None, "axis_index_groups": groups}
+
+
 def patterns(name: str, paths: Any) -> tuple[str, ...]:
     """Returns one pattern of paths or several as a tuple."""
     found = (paths,) if isinstance(paths, str) else paths
@@ -209,13 +222,30 @@ def flat(tree: Any) -> dict[tuple[str, ...], Any]:
     return found
 
 
+def initialized(
+    model: Any,
+    key: jax.Array,
+    *args: Any,
+    rngs: Any = None,
+    mutable: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Returns the variables of a linen model, given what its ``apply`` takes.
+
+    The streams of ``rngs`` are there beside that of the parameters, which is ``key``;
+    ``mutable`` says nothing of an ``init``, which returns all.
+    """
+    streams = rngs if isinstance(rngs, Mapping) else {}
+    return model.init({**streams, "params": key}, *args, **kwargs)
+
+
 def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Returns the shapes of a linen model's variables; computes nothing."""
+    """Returns the shapes of what `initialized` returns; computes nothing."""
     arrays, rebuilt = arrays_of((args, kwargs))
 
-    def init(rng: jax.Array, arrays: list) -> Any:
+    def init(key: jax.Array, arrays: list) -> Any:
         args, kwargs = rebuilt(arrays)
-        return model.init(rng, *args, **kwargs)
+        return initialized(model, key, *args, **kwargs)
 
     return jax.eval_shape(init, jax.random.key(0), arrays)
 
@@ -299,6 +329,52 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
             yield swapped
     finally:
         _substitutions.reset(token)
+
+
+def check_concrete(name: str, tree: Any) -> None:
+    """Refuses what is traced: a tool reads values, and compiles what it needs."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not _check.is_concrete(leaf):
+            raise _check.error(
+                TypeError,
+                name,
+                "what it is given must have values, which it reads",
+                f"a traced array{jax.tree_util.keystr(keys)}, as within jit, vmap or"
+                " grad",
+                "Call it outside of them; it compiles the model itself",
+            )
+
+
+@contextlib.contextmanager
+def told_mutable(mutable: Any) -> Iterator[None]:
+    """Within it, linen modules that ask what is mutable hear of ``mutable`` alone.
+
+    What a tool sees leaves a model as variables do, and more collections must be
+    mutable for that than the model is called with. A model that asks, to know whether
+    it trains or is initialized, is to do what it does without the tool.
+
+    Args:
+      mutable: as ``apply`` takes it.
+    """
+    import flax.linen as nn
+    from flax.core.scope import in_filter
+
+    answer = functools.partial(in_filter, mutable)
+
+    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        # Of the bound module, which is gone after the call.
+        object.__setattr__(context.module, "is_mutable_collection", answer)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def with_statistics(mutable: Any) -> Any:
+    """What is mutable, and running statistics too, which a norm may write."""
+    from flax.core.scope import union_filters
+
+    return union_filters(mutable, "batch_stats")
 
 
 def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:

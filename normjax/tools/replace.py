@@ -17,6 +17,7 @@ from normjax.tools.models import (
     Norm,
     abstract_init,
     find_norms,
+    initialized,
     kind_of,
     leaves,
     matches,
@@ -472,7 +473,7 @@ class Replaced:
         Args:
           variables: those of the model.
           *args: arguments of the model's call: arrays or ``jax.ShapeDtypeStruct``.
-          **kwargs: the same, by name.
+          **kwargs: the same, by name; ``rngs`` as ``model.apply`` has them.
 
         Returns:
           The variables, and the paths of those that were dropped.
@@ -522,7 +523,8 @@ class Replaced:
         fresh = [n for n in new if n not in kept and (n not in old or n in given)]
         if fresh:
             args, kwargs = jax.tree.map(_filled, (args, kwargs))
-            initial = flatten_dict(self.init(jax.random.key(0), *args, **kwargs))
+            key = jax.random.key(0)
+            initial = flatten_dict(initialized(self, key, *args, **kwargs))
             kept |= {name: initial[name] for name in fresh}
         return unflatten_dict(kept), dropped
 
