@@ -39,9 +39,9 @@ from normjax.tools.presets import preset as preset
 from normjax.tools.recalibrate import Moved as Moved
 from normjax.tools.recalibrate import Recalibrated as Recalibrated
 from normjax.tools.recalibrate import recalibrate as recalibrate
-from normjax.tools.replace import Replaced as Replaced
 from normjax.tools.replace import find_dropped as find_dropped
 from normjax.tools.replace import replace as replace
+from normjax.tools.replace_linen import Replaced as Replaced
 from normjax.tools.replicas import Drift as Drift
 from normjax.tools.replicas import checksum as checksum
 from normjax.tools.replicas import find_drift as find_drift

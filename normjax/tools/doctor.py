@@ -14,7 +14,7 @@ import numpy as np
 from normjax import _check
 from normjax.tools import calls, checkpoints, checks, models
 from normjax.tools.checks import Case, Finding, Patient
-from normjax.tools.replace import Replaced
+from normjax.tools.replace_linen import Replaced
 
 
 class Report(NamedTuple):

@@ -5,7 +5,8 @@ import contextvars
 import fnmatch
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,12 @@ _substitutions: contextvars.ContextVar[tuple] = contextvars.ContextVar(
     "substitutions", default=()
 )
 KINDS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+# Which norms classes of a user's own are, as `registered` says.
+_registered: contextvars.ContextVar[Mapping[type, str | None] | None] = (
+    contextvars.ContextVar("registered", default=None)
+)
+# What the parameters of a norm are called, whatever their shapes.
+_PARAMETERS = {"scale", "bias", "weight", "gamma", "beta", "offset"}
 
 
 class Norm(NamedTuple):
@@ -40,25 +47,39 @@ class Norm(NamedTuple):
     module: Any
 
 
-def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
+def find_norms(
+    model: Any,
+    *args: Any,
+    kinds: Mapping[type, str | None] | None = None,
+    **kwargs: Any,
+) -> list[Norm]:
     """Finds the norms of a model, by what its modules are and not by their names.
 
     A linen model is called once on shapes alone: nothing is computed. What it shows are
-    the norms that such a call reaches. An nnx model is walked through.
+    the norms that such a call reaches. An nnx model is walked through. In a linen model
+    the norms of nnx modules are found, too, which Flax's bridge makes a part of it.
+
+    A class of your own that only looks like a norm is not among them, and a warning
+    names it: the name of the class has "norm" in it and its parameters are vectors, or
+    it has a mean and a var in ``batch_stats``.
 
     Args:
       model: a linen or nnx module, or what `replace` returned.
       *args: for linen: arguments of the model's call; arrays or
         ``jax.ShapeDtypeStruct``. What is neither is passed on as it is.
-      **kwargs: the same, by name.
+      kinds: which norms classes of your own are: ``{MyNorm: "RMSNorm"}``; None in place
+        of a kind for a class that is none. It holds for subclasses, too.
+      **kwargs: the same as ``*args``, by name; for linen also ``rngs``, random keys of
+        the call by the names of their streams, and ``method``.
 
     Returns:
-      The norms of Flax's classes and of normjax's, in the order of their first call, or
-      for nnx of their paths; one that is called often is there once.
+      The norms of Flax's classes, of normjax's and of ``kinds``, in the order of their
+      first call, or for nnx of their paths; one that is called often is there once.
 
     Raises:
-      TypeError: if model is neither a linen nor an nnx module, or a linen model's call
-        needs arguments and there are none.
+      TypeError: if model is neither a linen nor an nnx module, a linen model's call
+        needs arguments and there are none, or kinds is no dictionary of classes.
+      ValueError: if kinds has a word that is no kind.
 
     Example:
       >>> import flax.linen as nn
@@ -68,30 +89,170 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
       >>> [(n.path, n.kind) for n in tools.find_norms(model, jnp.ones((1, 3)))]
       [(('layers_1',), 'LayerNorm')]
     """
-    system = system_of("find_norms", model)
-    if system == "nnx":
-        return [
-            Norm(tuple(map(str, path)), kind, module)
-            for path, module in nnx_modules(model)
-            if (kind := kind_of(module))
-        ]
-    if not args and not kwargs:
-        _check_call(model)
-    found: dict[tuple[str, ...], Norm] = {}
+    with registered("find_norms", kinds):
+        if system_of("find_norms", model) == "nnx":
+            norms, left = nnx_norms(model)
+        else:
+            if not args and not kwargs:
+                _check_call(model)
+            norms, left = _linen_norms(model, args, kwargs)
+        warn_of("find_norms", left)
+    return norms
+
+
+def _linen_norms(model: Any, args: tuple, kwargs: dict) -> tuple[list[Norm], "Left"]:
+    """The norms that a call of a linen model reaches, and what only looks like one."""
+    found: dict[tuple[str, ...], list[Norm]] = {}
+    others: dict[tuple[str, ...], type] = {}
 
     def note(module: Any) -> None:
+        path = module.path
+        if path in found:
+            return
         if kind := kind_of(module):
-            fields = module.clone(parent=None)
-            found.setdefault(module.path, Norm(module.path, kind, fields))
+            found[path] = [Norm(path, kind, module.clone(parent=None))]
+        elif is_bridge(module):
+            found[path] = [n._replace(path=path + n.path) for n in bridged(module)]
+        else:
+            others[path] = type(module)
 
     with substituted(note):
-        abstract_init(model, *args, **kwargs)
-    return list(found.values())
+        variables = abstract_init(model, *args, **kwargs)
+    norms = [norm for norms in found.values() for norm in norms]
+    return norms, left_of(others, names_of(variables))
+
+
+Left = dict[
+    tuple[str, ...], tuple[str, str]
+]  # by path: a class, the kind it looks like
+
+
+def left_of(
+    others: Mapping[tuple[str, ...], type], own: Mapping[tuple, dict[str, int]]
+) -> Left:
+    """Of modules that are no norms by their classes, those that look like one.
+
+    Args:
+      others: their classes, by path.
+      own: as of `names_of`.
+    """
+    resembled = {p: (of, _resembled(of, own.get(p, {}))) for p, of in others.items()}
+    return {p: (_own(of).__name__, k) for p, (of, k) in resembled.items() if k}
+
+
+def names_of(variables: Mapping) -> dict[tuple[str, ...], dict[str, int]]:
+    """The variables of linen's modules: by path the names, and how many axes each has.
+
+    A name has that of its collection before it, ``params/scale``.
+    """
+    from flax.core import meta
+    from flax.traverse_util import flatten_dict
+
+    own: dict[tuple[str, ...], dict[str, int]] = {}
+    for (collection, *path, name), a in flatten_dict(variables).items():
+        of = own.setdefault(tuple(map(str, path)), {})
+        of[f"{collection}/{name}"] = np.ndim(meta.unbox(a))
+    return own
+
+
+def _own(of: type) -> Any:
+    """The first class that is not of Flax or normjax, among a class and its bases."""
+    theirs = ("flax", "normjax", "builtins", "typing")
+    return next(
+        (b for b in of.__mro__ if b.__module__.split(".")[0] not in theirs), None
+    )
+
+
+def _resembled(of: type, own: Mapping[str, int]) -> str | None:
+    """The kind of norm that a class looks like, by its variables; None: like none."""
+    said = _registered.get() or {}
+    if _own(of) is None or any(base in said for base in of.__mro__):
+        return None
+    if {"batch_stats/mean", "batch_stats/var"} <= set(own):
+        return "BatchNorm"
+    name = _own(of).__name__.lower()
+    parameters = {n.split("/")[1]: ndim for n, ndim in own.items() if "params/" in n}
+    vectors = all(d == 1 or n in _PARAMETERS for n, d in parameters.items())
+    if "norm" not in name or not own or not vectors:
+        return None
+    if any(n.startswith("batch_stats/") for n in own):
+        return "BatchNorm"
+    centered = "LayerNorm" if len(parameters) > 1 else "RMSNorm"
+    named = (k for k in KINDS if k.removesuffix("Norm").lower() in name)
+    return next(named, centered)
+
+
+def words_of(left: Left, most: int = 6) -> tuple[str, str]:
+    """What only looks like a norm, in words, and ``kinds`` to type for it."""
+    places = [
+        f"{of} at {'/'.join(path) or 'the top'}" for path, (of, _) in left.items()
+    ]
+    more = [f"{len(places) - most} more"] if len(places) > most else []
+    kinds = ", ".join(f'{of}: "{kind}"' for of, kind in sorted(set(left.values())))
+    return ", ".join([*places[:most], *more]), f"kinds={{{kinds}}}"
+
+
+def warn_of(name: str, left: Left) -> None:
+    """Warns of modules that look like norms, and are not treated as such."""
+    if not left:
+        return
+    places, kinds = words_of(left)
+    warning: Any = _check.error(
+        UserWarning,
+        name,
+        "norms are those of Flax's classes, of normjax's, and of the classes in kinds",
+        f"{places}, which looks like a norm and is left as it is",
+        f"Pass {kinds}, or None in place of a kind for a class that is none",
+    )
+    warnings.warn(warning, stacklevel=4)
+
+
+@contextlib.contextmanager
+def registered(name: str, kinds: Mapping[type, str | None] | None) -> Iterator[None]:
+    """Within it, classes of a user's own are the norms that ``kinds`` says.
+
+    All that asks for the kind of a module asks `kind_of`, which knows of it: a public
+    function that takes ``kinds`` does its work within this.
+
+    Args:
+      name: of the public function, for its errors.
+      kinds: from classes to kinds; None in place of a kind: no norm. None: nothing new.
+    """
+    token = _registered.set({**(_registered.get() or {}), **checked_kinds(name, kinds)})
+    try:
+        yield
+    finally:
+        _registered.reset(token)
+
+
+def checked_kinds(
+    name: str, kinds: Mapping[type, str | None] | None
+) -> dict[type, str | None]:
+    """Refuses what does not say which norms classes are."""
+    kinds = {} if kinds is None else kinds
+    if not isinstance(kinds, Mapping) or not all(isinstance(k, type) for k in kinds):
+        raise _check.error(
+            TypeError,
+            name,
+            "kinds must be a dictionary from classes to the norms that they are",
+            f"kinds={kinds!r}",
+            'Pass kinds={MyNorm: "LayerNorm"}, say',
+        )
+    wrong = [k for k in kinds.values() if k not in (*KINDS, None)]
+    if wrong:
+        raise _check.error(
+            ValueError,
+            name,
+            f"each of kinds must be one of {', '.join(KINDS)}, or None for no norm",
+            f"{wrong[0]!r}",
+            'Pass kinds={MyNorm: "LayerNorm"}, say',
+        )
+    return dict(kinds)
 
 
 def _check_call(model: Any) -> None:
     """Refuses a linen model whose call needs arguments, of which there are none."""
-    call = inspect.signature(type(getattr(model, "model", model)).__call__)
+    call = inspect.signature(type(model).__call__)
     needed = [
         p.name
         for p in list(call.parameters.values())[1:]
@@ -113,8 +274,6 @@ def system_of(name: str, model: Any) -> str:
         module = getattr(sys.modules.get(f"flax.{system}"), "Module", None)
         if module is not None and isinstance(model, module):
             return system
-        if getattr(type(model), "_system", None) == system:  # a model replaced
-            return system
     raise _check.error(
         TypeError,
         name,
@@ -125,14 +284,71 @@ def system_of(name: str, model: Any) -> str:
 
 
 def kind_of(module: Any) -> str | None:
-    """Returns which norm a module is, of Flax's or normjax's; None if it is none."""
-    for kind in KINDS:
-        for library in ("normjax.linen", "flax.linen", "normjax.nnx", "flax.nnx"):
-            # A module can only be of a class that somebody has imported.
-            of_kind = getattr(sys.modules.get(library), kind, None)
-            if of_kind is not None and isinstance(module, of_kind):
-                return kind
-    return None
+    """Returns which norm a module is, by the nearest class that is known; else None.
+
+    Known are those of Flax, of normjax, and what `registered` says.
+    """
+    known: dict[Any, str | None] = {}
+    for library in ("normjax.linen", "flax.linen", "normjax.nnx", "flax.nnx"):
+        # A module can only be of a class that somebody has imported.
+        there = sys.modules.get(library)
+        known |= {getattr(there, kind, None): kind for kind in KINDS}
+    known |= _registered.get() or {}
+    return next((known[base] for base in type(module).__mro__ if base in known), None)
+
+
+def is_registered(module: Any) -> bool:
+    """Whether a module is a norm because `registered` says so."""
+    said = _registered.get() or {}
+    return kind_of(module) is not None and any(b in said for b in type(module).__mro__)
+
+
+# Flax's bridge between linen and nnx.
+
+
+def is_bridge(module: Any) -> bool:
+    """Whether a linen module makes an nnx module a part of a linen model."""
+    of = getattr(sys.modules.get("flax.nnx.bridge"), "ToLinen", None)
+    return of is not None and isinstance(module, of)
+
+
+def bridged(module: Any) -> list[Norm]:
+    """The norms of the nnx module that a bridge holds, by their paths in it."""
+    from flax import nnx
+
+    rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
+    inner = nnx.eval_shape(
+        lambda: module.nnx_class(*module.args, **{**module.kwargs, **rngs})
+    )
+    return nnx_norms(inner)[0]
+
+
+def nnx_norms(model: Any) -> tuple[list[Norm], Left]:
+    """The norms of an nnx model, and what only looks like one."""
+    norms: list[Norm] = []
+    others: dict[tuple[str, ...], type] = {}
+    own: dict[tuple, dict[str, int]] = {}
+    for path, module in nnx_modules(model):
+        place = tuple(map(str, path))
+        if kind := kind_of(module):
+            norms.append(Norm(place, kind, module))
+        else:
+            others[place] = type(module)
+            own[place] = _nnx_names(module)
+    return norms, left_of(others, own)
+
+
+def _nnx_names(module: Any) -> dict[str, int]:
+    """The variables of one module of nnx, as of `names_of`."""
+    from flax import nnx
+
+    collections = {nnx.Param: "params", nnx.BatchStat: "batch_stats"}
+    return {
+        f"{collection}/{name}": np.ndim(value[...])
+        for name, value in vars(module).items()
+        for of, collection in collections.items()
+        if isinstance(value, of)
+    }
 
 
 def patterns(name: str, paths: Any) -> tuple[str, ...]:
@@ -209,15 +425,29 @@ def flat(tree: Any) -> dict[tuple[str, ...], Any]:
     return found
 
 
-def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Returns the shapes of a linen model's variables; computes nothing."""
+def abstract_init(model: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+    """Returns the shapes of a linen model's variables; computes nothing.
+
+    Args:
+      model: the module.
+      *args: arguments of its call.
+      rngs: random keys by the names of their streams, or one for all.
+      **kwargs: arguments of its call, by name.
+    """
     arrays, rebuilt = arrays_of((args, kwargs))
 
-    def init(rng: jax.Array, arrays: list) -> Any:
+    def init(rngs: Any, arrays: list) -> Any:
         args, kwargs = rebuilt(arrays)
-        return model.init(rng, *args, **kwargs)
+        return model.init(rngs, *args, **kwargs)
 
-    return jax.eval_shape(init, jax.random.key(0), arrays)
+    return jax.eval_shape(init, init_rngs(rngs), arrays)
+
+
+def init_rngs(rngs: Any) -> Any:
+    """The random keys of a linen model's init, of those of its call."""
+    if rngs is None or isinstance(rngs, Mapping):
+        return {"params": jax.random.key(0), **(rngs or {})}
+    return rngs
 
 
 def arrays_of(tree: Any) -> tuple[list, Callable[[list], Any]]:
