@@ -42,23 +42,23 @@ ORDER = {
     "tools.looks": 8,
     "tools.nnx_folded": 8,
     "tools.optimize": 8,
-    "tools.replace": 10,
-    "tools.replace_linen": 9,
+    "tools.replace": 11,
+    "tools.replace_linen": 10,
     "tools.replace_nnx": 9,
     "tools.replace_rules": 8,
     "tools.sweep_linen": 8,
     "tools.sweep_nnx": 8,
     "tools.tables": 8,
     "tools.tent": 8,
-    "tools.doctor": 10,
+    "tools.doctor": 11,
     "tools.fold_plan": 9,
-    "tools.freeze": 11,
+    "tools.freeze": 12,
     "tools.plots": 9,
     "tools.recalibrate": 9,
     "tools.fold": 10,
-    "tools": 12,
-    "__init__": 13,
-    "__main__": 14,
+    "tools": 13,
+    "__init__": 14,
+    "__main__": 15,
 }
 PUBLIC = [
     (module, name)
@@ -214,7 +214,8 @@ def test_public_docstring_has_its_parts(name):
         for argument in arguments:
             assert f"{argument}:" in doc or argument == "cls", argument
     elif inspect.isclass(value):
-        own = set(value.__annotations__) - {"parent", "name"}
+        fields = {n for n in value.__annotations__ if not n.startswith("_")}
+        own = fields - {"parent", "name"}
         if issubclass(value, nnx.nnx.Module):
             own = set(inspect.signature(value.__init__).parameters) - {"self"}
             if "__init__" not in vars(value):  # those of the class it builds on

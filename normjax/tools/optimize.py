@@ -100,7 +100,7 @@ def _paths(name: str, group: Any, there: list[tuple]) -> list[tuple]:
         below = {
             "/".join(norm.path): [p for p in there if p[: len(norm.path)] == norm.path]
             for norm in group
-            if _has_parameters(norm.module)
+            if _has_parameters(norm.module, there, norm.path)
         }
     else:
         below = {
@@ -120,7 +120,10 @@ def _paths(name: str, group: Any, there: list[tuple]) -> list[tuple]:
     return [path for found in below.values() for path in found]
 
 
-def _has_parameters(module: Any) -> bool:
+def _has_parameters(module: Any, there: list[tuple], path: tuple) -> bool:
+    """Whether a norm has parameters; of a class without Flax's fields, those it has."""
+    if not hasattr(module, "use_scale"):
+        return any(p[: len(path)] == path for p in there)
     return module.use_scale or getattr(module, "use_bias", False)
 
 

@@ -214,7 +214,7 @@ def _translated(rule: Rule, norm: Norm, kind: str, fields: dict) -> dict:
         fields.setdefault("feature_axes", features)
         if kind in ("LayerNorm", "RMSNorm"):
             fields.setdefault("reduction_axes", features)
-    if kind != "RMSNorm" and not hasattr(norm.module, "use_bias"):
+    if norm.kind == "RMSNorm" and kind != "RMSNorm":
         fields["use_bias"] = False
     return fields
 
