@@ -859,3 +859,26 @@ def test_complex_norms_need_complex_layers(dtype):
     else:
         folded = tools.fold(model, variables, x, seconds=0)
         assert folded.report.relative < 1e-6
+
+
+class Asking(nn.Module):
+    """It trains where its statistics are mutable."""
+
+    @nn.compact
+    def __call__(self, x):
+        running = not self.is_mutable_collection("batch_stats")
+        return nn.BatchNorm(running, name="norm")(nn.Dense(4, name="dense")(x))
+
+
+def test_a_model_that_asks_what_is_mutable_is_folded_as_apply_has_it():
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    variables = Asking().init(jax.random.key(0), x)
+    variables["batch_stats"]["norm"]["mean"] += 1
+    folded = tools.fold(Asking(), variables, x, seconds=0)
+    assert folded.report.folded == {"norm": ("dense",)}
+    want = Asking().apply(variables, x)
+    np.testing.assert_allclose(folded.apply(folded.variables, x), want, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="norm: it normalizes by the statistics of the"
+    ):
+        tools.fold(Asking(), variables, x, mutable=["batch_stats"], seconds=0)

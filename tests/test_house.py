@@ -31,6 +31,7 @@ ORDER = {
     "tools.checkpoints": 7,
     "tools.files": 7,
     "tools.merging": 7,
+    "tools.kinds": 6,
     "tools.models": 7,
     "tools.presets": 7,
     "tools.replicas": 7,

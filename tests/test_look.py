@@ -1,5 +1,6 @@
 """Looks at a model's norms, effective rates, their pictures, and `inspect`."""
 
+import dataclasses
 import functools
 import gc
 import json
@@ -477,6 +478,120 @@ def test_looking_again_compiles_nothing():
     (again,) = tools.look(model, variables, X + 1)
     assert Counted.traces == [X.shape]
     close(again.mean, first.mean + 1)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Of a model: a plain dataclass has no hash."""
+
+    sizes: list
+    size: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """It has a hash, but for what it holds."""
+
+    sizes: list
+    size: float = 1.0
+
+
+class Configured(nnx.Module):
+    traces: ClassVar[list] = []
+
+    def __init__(self, config):
+        self.config = config
+        self.dense = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, options=None):
+        self.traces.append(x.shape)
+        size = (
+            self.config["size"] if isinstance(self.config, dict) else self.config.size
+        )
+        return self.norm(self.dense(x * size))
+
+
+def every_tool(model, *args):
+    """Calls all tools that take a model of nnx with a batch norm; returns a look."""
+    model(*args)
+    assert tools.doctor(model, *args).norms == 1
+    assert len(tools.find_norms(model)) == 1
+    swept = tools.recalibrate(lambda m, b: m(*b), model, [args], progress=False)
+    assert swept.variables.norm.mean[...].any()
+    for other in ("same", "layer"):
+        tools.replace(model, "batch", other)(*args)
+    tools.unfreeze(tools.freeze(model))(*args)
+    model.eval()
+    assert tools.fold(model, *args, seconds=0).report.folded == {"norm": ("dense",)}
+    return tools.look(model, *args)
+
+
+@pytest.mark.parametrize("config", [Settings([4]), Frozen([4]), {"size": 1.0}])
+def test_models_that_hold_what_has_no_hash_go_through_all_tools(config):
+    model, x = Configured(config), jnp.asarray(X[:, 0])
+    (seen,) = every_tool(model, x)
+    close(seen.channels["mean"], (x @ model.dense.kernel[...]).mean(0))
+    Configured.traces.clear()
+    (again,) = tools.look(model, x)
+    assert Configured.traces == [] and again.mean == seen.mean
+    if isinstance(config, Settings):  # it has changed in place, and so has the program
+        config.size = 3.0
+        close(tools.look(model, x)[0].mean, 3 * seen.mean)
+
+
+def test_arguments_without_a_hash_are_static():
+    model, x = Configured(Frozen([4])), jnp.asarray(X[:, 0])
+    looks = [tools.look(model, x, of) for of in (Settings([1]), Settings([1]), {1, 2})]
+    assert len({one.mean for (one,) in looks}) == 1
+
+
+class Asking(nn.Module):
+    """It trains where statistics are mutable, and is another where parameters are."""
+
+    lifted: object = staticmethod(lambda of: of)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.lifted(Inner)(name="inner")(nn.Dense(4, name="dense")(x))
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        running = not self.is_mutable_collection("batch_stats")
+        x = nn.BatchNorm(running, name="norm")(x)
+        return x + 100 if self.is_mutable_collection("params") else x
+
+
+LIFTED = [lambda of: of, nn.remat, nn.jit]
+
+
+@pytest.mark.parametrize("lifted", LIFTED, ids=["plain", "remat", "jit"])
+def test_models_that_ask_what_is_mutable_are_seen_as_apply_has_them(lifted):
+    model, x = Asking(lifted), X[:, 0]
+    variables = init(model, x)
+    variables["batch_stats"]["inner"]["norm"]["var"] *= 4
+    for mutable in (False, ["batch_stats"], False):
+        (seen,) = tools.look(model, variables, x, mutable=mutable)
+        y = model.apply(variables, x, mutable=mutable)
+        close(seen.output_std, np.std(np.float64(y[0] if mutable else y)))
+
+
+def test_a_look_is_printed_as_a_table():
+    looks = tools.look(Linen(), init(Linen(), X), X)
+    lines = str(looks).splitlines()
+    assert repr(looks) == str(looks) and len(lines) == 4
+    assert lines[0].split("  ")[0] == "norm" and lines[0].endswith("negative")
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["batch", "BatchNorm", "30"],
+        ["group", "GroupNorm", "10"],
+        ["layer", "LayerNorm", "4"],
+    ]
+    figures = [looks[0].values, looks[0].mean, looks[0].std]
+    assert lines[1].split()[2:5] == [f"{a:.3g}" for a in figures]
+    assert len(set(map(len, lines))) == 1  # in columns
+    assert "shift" not in str(looks[2]) and len(str(looks[2]).splitlines()) == 2
 
 
 @pytest.mark.parametrize(("axis", "length"), [(1, 3), (-2, 3), (-2, 1)])

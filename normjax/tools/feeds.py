@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from normjax.tools.models import arrays_of, nnx_modules
+from normjax.tools.models import (
+    arrays_of,
+    nnx_modules,
+    told_mutable,
+    with_statistics,
+)
 
 _MARK = "normjax.feeds"
 # Programs within a program that are one with it; others, loops, stay apart.
@@ -268,12 +273,20 @@ class _Recorder:
 
 
 def of_linen(
-    chosen: Callable[[Any], bool], model: Any, variables: Any, args: tuple, kwargs: dict
+    chosen: Callable[[Any], bool],
+    model: Any,
+    variables: Any,
+    args: tuple,
+    kwargs: dict,
+    mutable: Any = False,
 ) -> Feeds:
-    """Traces the call of a linen model; marks the modules that are chosen."""
+    """Traces the call of a linen model; marks the modules that are chosen.
+
+    ``mutable`` is what the model is told of.
+    """
     import flax.linen as nn
 
-    recorder = _Recorder()
+    recorder, written = _Recorder(), with_statistics(mutable)
 
     def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
@@ -286,9 +299,9 @@ def of_linen(
 
     def run(variables: Any, arrays: list) -> Any:
         args, kwargs = rebuilt(arrays)
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(interceptor), told_mutable(mutable):
             # What a norm that trains writes is not what the model returns.
-            y, _ = model.apply(variables, *args, mutable=["batch_stats"], **kwargs)
+            y, _ = model.apply(variables, *args, mutable=written, **kwargs)
         return arrays_of(y)[0]
 
     arrays, rebuilt = arrays_of((args, kwargs))

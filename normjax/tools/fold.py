@@ -34,6 +34,8 @@ from normjax.tools.models import (
     path_of,
     substituted,
     system_of,
+    told_mutable,
+    with_statistics,
 )
 
 
@@ -132,7 +134,7 @@ def fold(
       strict: whether a batch norm that cannot be folded is an error.
       seconds: for how long to time the model and the folded one; 0 not to.
       **kwargs: what else the model is called with, ``train=False``, say; for linen
-        ``method`` and ``rngs`` too.
+        ``method``, ``rngs`` and ``mutable`` too.
 
     Returns:
       A `Folded`. The model and its variables stay as they are. What cannot be folded is
@@ -159,8 +161,9 @@ def fold(
     """
     linen = system_of("fold", model) == "linen"
     if linen:
+        mutable = kwargs.pop("mutable", False)
         variables, inputs = _checked_variables(model, inputs, kwargs), inputs[1:]
-        traced = of_linen(is_chosen, model, variables, inputs, kwargs)
+        traced = of_linen(is_chosen, model, variables, inputs, kwargs, mutable)
     else:
         traced = of_nnx(is_chosen, model, inputs, kwargs)
     plan, kept = planned(traced, paths, strict)
@@ -173,8 +176,8 @@ def fold(
         flags = _flags(model, inputs, kwargs)
         apply = _linen_apply(model, plan, set(weights.added), flags)
         runs = [
-            _linen_program(model.apply, variables),
-            _linen_program(apply, folded_variables),
+            _linen_program(model.apply, variables, mutable),
+            _linen_program(apply, folded_variables, mutable),
         ]
     else:
         folded_variables, apply = None, _nnx_model(model, weights, plan)
@@ -531,10 +534,13 @@ def _program(apply: Callable, variables: Any) -> Callable:
     return compiled
 
 
-def _linen_program(apply: Callable, variables: Any) -> Callable:
+def _linen_program(apply: Callable, variables: Any, mutable: Any) -> Callable:
+    written = with_statistics(mutable)
+
     def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
         # A norm that stays may write its statistics.
-        return apply(variables, *args, mutable=["batch_stats"], **kwargs)[0]
+        with told_mutable(mutable):
+            return apply(variables, *args, mutable=written, **kwargs)[0]
 
     return _program(call, variables)
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from normjax.tools.models import checked_kinds, patterns
+from normjax.tools.kinds import checked_kinds
+from normjax.tools.models import patterns
 from normjax.tools.replace import replaced
 from normjax.tools.replace_rules import Rule
 

@@ -15,7 +15,14 @@ import numpy as np
 
 from normjax import _check, _module, _moments
 from normjax._moments import Moments
-from normjax.tools.models import flat, kind_of, nnx_modules, substituted, system_of
+from normjax.tools.models import (
+    flat,
+    kind_of,
+    nnx_modules,
+    substituted,
+    system_of,
+    told_mutable,
+)
 
 # Names of a variable that a model is given, and of a collection that it never has.
 _SEEN = "normjax_seen"
@@ -105,6 +112,52 @@ class Look(NamedTuple):
         name = "/".join(self.path) or self.kind
         return name + layer + (f"#{self.call}" if self.call else "")
 
+    def __str__(self) -> str:
+        """Shows the figures of the layer as a table of one line."""
+        return str(Looks([self]))
+
+
+class Looks(list[Look]):
+    """A list of `Look`, which prints as a table, a line for each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax import tools
+      >>> norm = nnx.RMSNorm(2, rngs=nnx.Rngs(0))
+      >>> looks = tools.look(norm, jnp.array([[3.0, 1.0], [1.0, 3.0]]))
+      >>> [line[:35] for line in str(looks).splitlines()]
+      ['norm     kind     values  mean  std', 'RMSNorm  RMSNorm       2     2    1']
+    """
+
+    def __str__(self) -> str:
+        """Shows the figures of the layers, without those of the channels."""
+        words = (
+            *("values", "mean", "std", "output_mean", "output_std"),
+            *("shift", "ratio", "scale", "still", "negative"),
+        )
+        there = [w for w in words if any(getattr(one, w) is not None for one in self)]
+        rows = [["norm", "kind", *(w.replace("_", " ") for w in there)]]
+        for one in self:
+            found = [getattr(one, word) for word in there]
+            figures = ["" if a is None else f"{a:.3g}" for a in found]
+            rows.append([one.name, one.kind, *figures])
+        return aligned(rows, left=2)
+
+    __repr__ = __str__
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table in columns, of which the first ones are aligned at their left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
 
 class Rate(NamedTuple):
     """How far an update moves an array of weights, as a norm behind it sees it.
@@ -157,7 +210,7 @@ class _Seen:
         self.kind, self.rows = kind, rows
 
 
-def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
+def look(model: Any, *args: Any, **kwargs: Any) -> Looks:
     """Looks at every norm of a model in one compiled forward.
 
     Norms are found by what they are, of Flax's classes and normjax's, in a model that
@@ -167,12 +220,13 @@ def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
       model: a linen or nnx module.
       *args: for linen what ``model.apply`` takes, the variables first; for nnx what the
         model takes. What is not an array is part of the compiled program.
-      **kwargs: the same, by name, such as ``rngs`` and ``method``.
+      **kwargs: the same, by name, such as ``rngs``, ``method`` and ``mutable``. What
+        the model asks is mutable is that alone, although more is, for what is seen.
 
     Returns:
-      One `Look` for each call of a norm, in the order of the calls; for a norm within a
-      scan one for each layer. Modules that share a program of ``nn.jit`` have their
-      norms side by side, by their place in it.
+      A list that prints as a table: one `Look` for each call of a norm, in the order of
+      the calls; for a norm within a scan one for each layer. Modules that share a
+      program of ``nn.jit`` have their norms side by side, by their place in it.
 
     Raises:
       TypeError: if model is neither a linen nor an nnx module, or a norm's input is
@@ -192,8 +246,8 @@ def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
       [('layers_1', 4.0)]
     """
     if system_of("look", model) == "linen":
-        kwargs.pop("mutable", None)  # what the model would return changed is not used
-        seen = _compiled(model, None, args, kwargs)
+        mutable = kwargs.pop("mutable", False)  # what it returns changed is not used
+        seen = _compiled(model, _Mutable(mutable), args, kwargs)
     else:
         from flax import nnx
 
@@ -217,18 +271,43 @@ def look(model: Any, *args: Any, **kwargs: Any) -> list[Look]:
     return _in_order(looks)
 
 
+class _Mutable(NamedTuple):
+    """What a linen model is told is mutable."""
+
+    collections: Any
+
+
 # The compiled programs of each model, by the id of one that is still there.
 _programs: dict[int, dict] = {}
 
 
-def _program(model: Any, *static: Any) -> Any:
+def _program(model: Any, graphs: Any, structure: Any, static: tuple) -> Any:
     """What calls a model compiled, and does not keep it alive, nor what it holds."""
     if id(model) not in _programs:
         _programs[id(model)] = {}
         weakref.finalize(model, _programs.pop, id(model), None)
     # A static argument of jit would live on in its caches.
-    call = jax.jit(functools.partial(_call, weakref.ref(model), *static))
-    return _programs[id(model)].setdefault(static, call)
+    call = jax.jit(
+        functools.partial(_call, weakref.ref(model), graphs, structure, static)
+    )
+    key = (*_parts(graphs), structure, *map(_hashable, static))
+    return _programs[id(model)].setdefault(key, call)
+
+
+def _parts(graphs: Any) -> list[Any]:
+    """What is static in a model of nnx, or said of one of linen, as parts of a key."""
+    if isinstance(graphs, _Mutable):
+        return [repr(graphs)]
+    return [_hashable(a) for of in graphs for a in (*of.nodes, *of.attributes)]
+
+
+def _hashable(value: Any) -> Any:
+    """A value; for one without a hash, which may change in place, what it shows now."""
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value
 
 
 def _compiled(model: Any, graphs: Any, args: tuple, kwargs: dict) -> Any:
@@ -261,8 +340,8 @@ def _call(model: Any, graphs: Any, structure: Any, static: tuple, arrays: list) 
     args, kwargs = jax.tree.unflatten(structure, leaves)
     token = _trace.set(_Trace(itertools.count(), set()))
     try:
-        if graphs is None:
-            seen = _see_linen(model(), args, kwargs)
+        if isinstance(graphs, _Mutable):
+            seen = _see_linen(model(), graphs.collections, args, kwargs)
         else:
             seen = _see_nnx(graphs, args, kwargs)
         if lost := _trace.get().called - set(seen):
@@ -280,14 +359,17 @@ class _HiddenError(Exception):
         self.got = got
 
 
-def _see_linen(model: Any, args: tuple, kwargs: dict) -> dict:
+def _see_linen(model: Any, mutable: Any, args: tuple, kwargs: dict) -> dict:
     """Returns {path: what each call saw}, by variables that the norms write."""
     from flax.core import DenyList
 
     # All that a scan gives back may be written. As no program of the user's denies this
     # name, none that nn.jit has kept is taken for one with taps, or the reverse.
+    nowhere = DenyList((f"{_NOWHERE} {mutable!r}",))
+
     def call() -> Any:
-        return model.apply(*args, mutable=DenyList(_NOWHERE), **kwargs)
+        with told_mutable(mutable):
+            return model.apply(*args, mutable=nowhere, **kwargs)
 
     def with_taps() -> Any:
         with substituted(_linen_tap):
@@ -327,7 +409,7 @@ def _linen_tap(module: Any) -> Any:
         seen = _see(kind, module, args, kwargs, y, running, parameters)
         _trace.get().called.add(module.path)
         for name in (_SEEN, "intermediates", "batch_stats", "params", *_other(module)):
-            if module.is_mutable_collection(name):
+            if module.scope.is_mutable_collection(name):
                 before = module.get_variable(name, _SEEN, ())
                 module.put_variable(name, _SEEN, (*before, seen))
                 break
@@ -541,7 +623,7 @@ def _summary(channels: dict[str, np.ndarray], **where: Any) -> Look:
     )
 
 
-def _in_order(looks: list[tuple[int, Look]]) -> list[Look]:
+def _in_order(looks: list[tuple[int, Look]]) -> Looks:
     """Sorts by call; of a scan its first layer first, and not its first norm."""
     looks = sorted(looks, key=lambda pair: pair[0])
     sizes = collections.Counter(order for order, _ in looks)
@@ -552,7 +634,7 @@ def _in_order(looks: list[tuple[int, Look]]) -> list[Look]:
     ordered = []
     for _, together in itertools.groupby(looks, scan):
         ordered += sorted(together, key=lambda pair: pair[1].layer or 0)
-    return [look for _, look in ordered]
+    return Looks(look for _, look in ordered)
 
 
 def effective_rates(

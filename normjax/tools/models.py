@@ -3,9 +3,9 @@
 import contextlib
 import contextvars
 import fnmatch
+import functools
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,18 +13,13 @@ import jax
 import numpy as np
 
 from normjax import _check
+from normjax.tools.kinds import Left, left_of, names_of, registered, warn_of
+from normjax.tools.kinds import kind_of as kind_of
 
 # Of each `substituted` around a call: what calls a module, and whom it is calling.
 _substitutions: contextvars.ContextVar[tuple] = contextvars.ContextVar(
     "substitutions", default=()
 )
-KINDS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
-# Which norms classes of a user's own are, as `registered` says.
-_registered: contextvars.ContextVar[Mapping[type, str | None] | None] = (
-    contextvars.ContextVar("registered", default=None)
-)
-# What the parameters of a norm are called, whatever their shapes.
-_PARAMETERS = {"scale", "bias", "weight", "gamma", "beta", "offset"}
 
 
 class Norm(NamedTuple):
@@ -69,8 +64,8 @@ def find_norms(
         ``jax.ShapeDtypeStruct``. What is neither is passed on as it is.
       kinds: which norms classes of your own are: ``{MyNorm: "RMSNorm"}``; None in place
         of a kind for a class that is none. It holds for subclasses, too.
-      **kwargs: the same as ``*args``, by name; for linen also ``rngs``, random keys of
-        the call by the names of their streams, and ``method``.
+      **kwargs: the same as ``*args``, by name; for linen also ``rngs`` and
+        ``method``, as ``model.apply`` has them.
 
     Returns:
       The norms of Flax's classes, of normjax's and of ``kinds``, in the order of their
@@ -122,134 +117,6 @@ def _linen_norms(model: Any, args: tuple, kwargs: dict) -> tuple[list[Norm], "Le
     return norms, left_of(others, names_of(variables))
 
 
-Left = dict[
-    tuple[str, ...], tuple[str, str]
-]  # by path: a class, the kind it looks like
-
-
-def left_of(
-    others: Mapping[tuple[str, ...], type], own: Mapping[tuple, dict[str, int]]
-) -> Left:
-    """Of modules that are no norms by their classes, those that look like one.
-
-    Args:
-      others: their classes, by path.
-      own: as of `names_of`.
-    """
-    resembled = {p: (of, _resembled(of, own.get(p, {}))) for p, of in others.items()}
-    return {p: (_own(of).__name__, k) for p, (of, k) in resembled.items() if k}
-
-
-def names_of(variables: Mapping) -> dict[tuple[str, ...], dict[str, int]]:
-    """The variables of linen's modules: by path the names, and how many axes each has.
-
-    A name has that of its collection before it, ``params/scale``.
-    """
-    from flax.core import meta
-    from flax.traverse_util import flatten_dict
-
-    own: dict[tuple[str, ...], dict[str, int]] = {}
-    for (collection, *path, name), a in flatten_dict(variables).items():
-        of = own.setdefault(tuple(map(str, path)), {})
-        of[f"{collection}/{name}"] = np.ndim(meta.unbox(a))
-    return own
-
-
-def _own(of: type) -> Any:
-    """The first class that is not of Flax or normjax, among a class and its bases."""
-    theirs = ("flax", "normjax", "builtins", "typing")
-    return next(
-        (b for b in of.__mro__ if b.__module__.split(".")[0] not in theirs), None
-    )
-
-
-def _resembled(of: type, own: Mapping[str, int]) -> str | None:
-    """The kind of norm that a class looks like, by its variables; None: like none."""
-    said = _registered.get() or {}
-    if _own(of) is None or any(base in said for base in of.__mro__):
-        return None
-    if {"batch_stats/mean", "batch_stats/var"} <= set(own):
-        return "BatchNorm"
-    name = _own(of).__name__.lower()
-    parameters = {n.split("/")[1]: ndim for n, ndim in own.items() if "params/" in n}
-    vectors = all(d == 1 or n in _PARAMETERS for n, d in parameters.items())
-    if "norm" not in name or not own or not vectors:
-        return None
-    if any(n.startswith("batch_stats/") for n in own):
-        return "BatchNorm"
-    centered = "LayerNorm" if len(parameters) > 1 else "RMSNorm"
-    named = (k for k in KINDS if k.removesuffix("Norm").lower() in name)
-    return next(named, centered)
-
-
-def words_of(left: Left, most: int = 6) -> tuple[str, str]:
-    """What only looks like a norm, in words, and ``kinds`` to type for it."""
-    places = [
-        f"{of} at {'/'.join(path) or 'the top'}" for path, (of, _) in left.items()
-    ]
-    more = [f"{len(places) - most} more"] if len(places) > most else []
-    kinds = ", ".join(f'{of}: "{kind}"' for of, kind in sorted(set(left.values())))
-    return ", ".join([*places[:most], *more]), f"kinds={{{kinds}}}"
-
-
-def warn_of(name: str, left: Left) -> None:
-    """Warns of modules that look like norms, and are not treated as such."""
-    if not left:
-        return
-    places, kinds = words_of(left)
-    warning: Any = _check.error(
-        UserWarning,
-        name,
-        "norms are those of Flax's classes, of normjax's, and of the classes in kinds",
-        f"{places}, which looks like a norm and is left as it is",
-        f"Pass {kinds}, or None in place of a kind for a class that is none",
-    )
-    warnings.warn(warning, stacklevel=4)
-
-
-@contextlib.contextmanager
-def registered(name: str, kinds: Mapping[type, str | None] | None) -> Iterator[None]:
-    """Within it, classes of a user's own are the norms that ``kinds`` says.
-
-    All that asks for the kind of a module asks `kind_of`, which knows of it: a public
-    function that takes ``kinds`` does its work within this.
-
-    Args:
-      name: of the public function, for its errors.
-      kinds: from classes to kinds; None in place of a kind: no norm. None: nothing new.
-    """
-    token = _registered.set({**(_registered.get() or {}), **checked_kinds(name, kinds)})
-    try:
-        yield
-    finally:
-        _registered.reset(token)
-
-
-def checked_kinds(
-    name: str, kinds: Mapping[type, str | None] | None
-) -> dict[type, str | None]:
-    """Refuses what does not say which norms classes are."""
-    kinds = {} if kinds is None else kinds
-    if not isinstance(kinds, Mapping) or not all(isinstance(k, type) for k in kinds):
-        raise _check.error(
-            TypeError,
-            name,
-            "kinds must be a dictionary from classes to the norms that they are",
-            f"kinds={kinds!r}",
-            'Pass kinds={MyNorm: "LayerNorm"}, say',
-        )
-    wrong = [k for k in kinds.values() if k not in (*KINDS, None)]
-    if wrong:
-        raise _check.error(
-            ValueError,
-            name,
-            f"each of kinds must be one of {', '.join(KINDS)}, or None for no norm",
-            f"{wrong[0]!r}",
-            'Pass kinds={MyNorm: "LayerNorm"}, say',
-        )
-    return dict(kinds)
-
-
 def _check_call(model: Any) -> None:
     """Refuses a linen model whose call needs arguments, of which there are none."""
     call = inspect.signature(type(model).__call__)
@@ -281,26 +148,6 @@ def system_of(name: str, model: Any) -> str:
         f"{type(model).__name__}",
         "Pass the model itself, not its variables or its apply",
     )
-
-
-def kind_of(module: Any) -> str | None:
-    """Returns which norm a module is, by the nearest class that is known; else None.
-
-    Known are those of Flax, of normjax, and what `registered` says.
-    """
-    known: dict[Any, str | None] = {}
-    for library in ("normjax.linen", "flax.linen", "normjax.nnx", "flax.nnx"):
-        # A module can only be of a class that somebody has imported.
-        there = sys.modules.get(library)
-        known |= {getattr(there, kind, None): kind for kind in KINDS}
-    known |= _registered.get() or {}
-    return next((known[base] for base in type(module).__mro__ if base in known), None)
-
-
-def is_registered(module: Any) -> bool:
-    """Whether a module is a norm because `registered` says so."""
-    said = _registered.get() or {}
-    return kind_of(module) is not None and any(b in said for b in type(module).__mro__)
 
 
 # Flax's bridge between linen and nnx.
@@ -425,29 +272,32 @@ def flat(tree: Any) -> dict[tuple[str, ...], Any]:
     return found
 
 
-def abstract_init(model: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-    """Returns the shapes of a linen model's variables; computes nothing.
+def initialized(
+    model: Any,
+    key: jax.Array,
+    *args: Any,
+    rngs: Any = None,
+    mutable: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Returns the variables of a linen model, given what its ``apply`` takes.
 
-    Args:
-      model: the module.
-      *args: arguments of its call.
-      rngs: random keys by the names of their streams, or one for all.
-      **kwargs: arguments of its call, by name.
+    The streams of ``rngs`` are there beside that of the parameters, which is ``key``;
+    ``mutable`` says nothing of an ``init``, which returns all.
     """
+    streams = rngs if isinstance(rngs, Mapping) else {}
+    return model.init({**streams, "params": key}, *args, **kwargs)
+
+
+def abstract_init(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Returns the shapes of what `initialized` returns; computes nothing."""
     arrays, rebuilt = arrays_of((args, kwargs))
 
-    def init(rngs: Any, arrays: list) -> Any:
+    def init(key: jax.Array, arrays: list) -> Any:
         args, kwargs = rebuilt(arrays)
-        return model.init(rngs, *args, **kwargs)
+        return initialized(model, key, *args, **kwargs)
 
-    return jax.eval_shape(init, init_rngs(rngs), arrays)
-
-
-def init_rngs(rngs: Any) -> Any:
-    """The random keys of a linen model's init, of those of its call."""
-    if rngs is None or isinstance(rngs, Mapping):
-        return {"params": jax.random.key(0), **(rngs or {})}
-    return rngs
+    return jax.eval_shape(init, jax.random.key(0), arrays)
 
 
 def arrays_of(tree: Any) -> tuple[list, Callable[[list], Any]]:
@@ -529,6 +379,38 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
             yield swapped
     finally:
         _substitutions.reset(token)
+
+
+@contextlib.contextmanager
+def told_mutable(mutable: Any) -> Iterator[None]:
+    """Within it, linen modules that ask what is mutable hear of ``mutable`` alone.
+
+    What a tool sees leaves a model as variables do, and more collections must be
+    mutable for that than the model is called with. A model that asks, to know whether
+    it trains or is initialized, is to do what it does without the tool.
+
+    Args:
+      mutable: as ``apply`` takes it.
+    """
+    import flax.linen as nn
+    from flax.core.scope import in_filter
+
+    answer = functools.partial(in_filter, mutable)
+
+    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        # Of the bound module, which is gone after the call.
+        object.__setattr__(context.module, "is_mutable_collection", answer)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def with_statistics(mutable: Any) -> Any:
+    """What is mutable, and running statistics too, which a norm may write."""
+    from flax.core.scope import union_filters
+
+    return union_filters(mutable, "batch_stats")
 
 
 def nnx_modules(model: Any) -> Iterator[tuple[tuple, Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from normjax import _check, _module, _moments
+from normjax.tools.looks import aligned
 from normjax.tools.merging import Merged, Path, Sweep
 
 _NAME = "recalibrate"
@@ -82,14 +83,7 @@ class Recalibrated(NamedTuple):
             floats = [f"{a:.3g}" for a in (m.shift, m.most, *m.ratio)]
             ratio = " to ".join(floats[2:])
             rows.append([_joined(m.path), str(m.values), *floats[:2], ratio])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return aligned(rows)
 
 
 def recalibrate(

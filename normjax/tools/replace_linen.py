@@ -14,20 +14,22 @@ import jax
 import jax.numpy as jnp
 
 from normjax import _check
-from normjax.tools.models import (
+from normjax.tools.kinds import (
     Left,
-    Norm,
-    abstract_init,
-    bridged,
-    init_rngs,
-    is_bridge,
     kind_of,
     left_of,
     names_of,
-    nnx_norms,
     registered,
-    substituted,
     warn_of,
+)
+from normjax.tools.models import (
+    Norm,
+    abstract_init,
+    bridged,
+    initialized,
+    is_bridge,
+    nnx_norms,
+    substituted,
 )
 from normjax.tools.replace_nnx import with_rule
 from normjax.tools.replace_rules import (
@@ -254,7 +256,7 @@ class Replaced:
         return returned
 
     def convert(
-        self, variables: Mapping, *args: Any, rngs: Any = None, **kwargs: Any
+        self, variables: Mapping, *args: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], list[str]]:
         """Variables of the model, as those of the replaced one.
 
@@ -265,8 +267,7 @@ class Replaced:
         Args:
           variables: those of the model.
           *args: arguments of the model's call: arrays or ``jax.ShapeDtypeStruct``.
-          rngs: random keys of the call by the names of their streams. None: one key.
-          **kwargs: the same as ``*args``, by name.
+          **kwargs: the same, by name; ``rngs`` as ``model.apply`` has them.
 
         Returns:
           The variables, and the paths of those that were dropped.
@@ -288,8 +289,8 @@ class Replaced:
 
         whole: Any = self
         model = _plain(whole.clone())
-        old = flatten_dict(abstract_init(model, *args, rngs=rngs, **kwargs))
-        new = flatten_dict(abstract_init(whole, *args, rngs=rngs, **kwargs))
+        old = flatten_dict(abstract_init(model, *args, **kwargs))
+        new = flatten_dict(abstract_init(whole, *args, **kwargs))
         given = flatten_dict(variables, keep_empty_nodes=True)
         # Paths of what was replaced, and whether by a norm, which keeps parameters.
         changed = {
@@ -318,7 +319,8 @@ class Replaced:
         fresh = [n for n in new if n not in kept and (n not in old or n in given)]
         if fresh:
             args, kwargs = jax.tree.map(_filled, (args, kwargs))
-            initial = flatten_dict(whole.init(init_rngs(rngs), *args, **kwargs))
+            key = jax.random.key(0)
+            initial = flatten_dict(initialized(whole, key, *args, **kwargs))
             kept |= {name: initial[name] for name in fresh}
         return unflatten_dict(kept), dropped
 

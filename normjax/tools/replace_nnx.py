@@ -7,14 +7,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from normjax import _check
-from normjax.tools.models import (
-    Norm,
-    is_registered,
-    nnx_norms,
-    nnx_replaced,
-    registered,
-    warn_of,
-)
+from normjax.tools.kinds import is_registered, registered, warn_of
+from normjax.tools.models import Norm, nnx_norms, nnx_replaced
 from normjax.tools.replace_rules import (
     SWITCHES,
     Rule,

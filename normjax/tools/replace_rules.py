@@ -8,16 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from normjax import _check, _fused
-from normjax.tools.models import (
-    Left,
-    Norm,
-    checked_kinds,
-    is_array,
-    is_registered,
-    matches,
-    patterns,
-    words_of,
-)
+from normjax.tools.kinds import Left, checked_kinds, is_registered, words_of
+from normjax.tools.models import Norm, is_array, matches, patterns
 
 CLASSES = {
     "batch": "BatchNorm",
