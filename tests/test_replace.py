@@ -565,6 +565,55 @@ def test_what_normjax_would_do_otherwise_is_refused():
         models.abstract_init(masked, X, True, mask=X > 0)
 
 
+@pytest.mark.parametrize("system", ["linen", "nnx"])
+def test_groups_that_divide_no_features_are_told_of_all_norms_at_once(system):
+    """Before anything changes, and with what would divide them all."""
+    sizes = {"a": 4, "b": 12, "c": 16}
+
+    class Three(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name, size in sizes.items():
+                x = nn.BatchNorm(True, name=name)(nn.Dense(size)(x))
+            return x
+
+    message = (
+        "replace: num_groups must divide the features of every norm. Got num_groups={},"
+        " and features {}. Pass num_groups=4, which divides all that are replaced, or"
+        " replace them by paths, each with its own."
+    )
+    model = Three()
+    if system == "nnx":
+        rngs = nnx.Rngs(0)
+        model = nnx.Dict(
+            {n: nnx.BatchNorm(size, rngs=rngs) for n, size in sizes.items()}
+        )
+
+    def replaced(**options):
+        other = tools.replace(model, "batch", "group", **options)
+        if system == "linen":
+            models.abstract_init(other, X)
+        return other
+
+    for number, features in (
+        (32, "4 at a, 12 at b, 16 at c"),
+        (8, "4 at a, 12 at b"),
+        (6, "4 at a, 16 at c"),
+    ):
+        with raises(ValueError, message.format(number, features)):
+            replaced(num_groups=number)
+    with raises(
+        TypeError,
+        "replace: num_groups must be an integer. Got num_groups='4'. Pass num_groups=8,"
+        " say.",
+    ):
+        replaced(num_groups="4")
+    replaced(num_groups=4)
+    replaced(num_groups=8, paths="c")
+    if system == "nnx":
+        assert all(type(norm) is nnx.BatchNorm for norm in model.values())
+
+
 def test_what_is_no_module_is_refused():
     with raises(
         TypeError,

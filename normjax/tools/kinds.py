@@ -2,11 +2,13 @@
 
 import contextlib
 import contextvars
+import functools
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
+import jax
 import numpy as np
 
 from normjax import _check
@@ -18,6 +20,7 @@ _registered: contextvars.ContextVar[Mapping[type, str | None] | None] = (
 )
 # What the parameters of a norm are called, whatever their shapes.
 _PARAMETERS = {"scale", "bias", "weight", "gamma", "beta", "offset"}
+Public = TypeVar("Public", bound=Callable)
 # Of modules that look like norms, by path: a class, and the kind that it looks like.
 Left = dict[tuple[str, ...], tuple[str, str]]
 
@@ -60,13 +63,13 @@ def names_of(variables: Mapping) -> dict[tuple[str, ...], dict[str, int]]:
 
     A name has that of its collection before it, ``params/scale``.
     """
-    from flax.core import meta
     from flax.traverse_util import flatten_dict
 
     own: dict[tuple[str, ...], dict[str, int]] = {}
     for (collection, *path, name), a in flatten_dict(variables).items():
         of = own.setdefault(tuple(map(str, path)), {})
-        of[f"{collection}/{name}"] = np.ndim(meta.unbox(a))
+        (array, *_) = jax.tree.leaves(a) or [()]  # in the box of a partitioned one
+        of[f"{collection}/{name}"] = np.ndim(array)
     return own
 
 
@@ -138,6 +141,22 @@ def registered(name: str, kinds: Mapping[type, str | None] | None) -> Iterator[N
         yield
     finally:
         _registered.reset(token)
+
+
+def takes_kinds(public: Public) -> Public:
+    """Makes a public function that has an argument ``kinds`` do its work within it."""
+
+    @functools.wraps(public)
+    def call(*args: Any, kinds: Any = None, **kwargs: Any) -> Any:
+        with registered(public.__name__, kinds):
+            return public(*args, **kwargs)
+
+    return cast(Public, call)
+
+
+def said() -> tuple:
+    """What `registered` says here, as a part of the key of what is kept."""
+    return tuple((_registered.get() or {}).items())
 
 
 def checked_kinds(

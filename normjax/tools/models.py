@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ def find_norms(
     with registered("find_norms", kinds):
         if system_of("find_norms", model) == "nnx":
             norms, left = nnx_norms(model)
+            _warn_of_linen(model)
         else:
             if not args and not kwargs:
                 _check_call(model)
@@ -163,10 +165,11 @@ def bridged(module: Any) -> list[Norm]:
     """The norms of the nnx module that a bridge holds, by their paths in it."""
     from flax import nnx
 
-    rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
-    inner = nnx.eval_shape(
-        lambda: module.nnx_class(*module.args, **{**module.kwargs, **rngs})
-    )
+    def made() -> Any:
+        rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
+        return module.nnx_class(*module.args, **{**module.kwargs, **rngs})
+
+    inner = nnx.eval_shape(made)
     return nnx_norms(inner)[0]
 
 
@@ -177,12 +180,50 @@ def nnx_norms(model: Any) -> tuple[list[Norm], Left]:
     own: dict[tuple, dict[str, int]] = {}
     for path, module in nnx_modules(model):
         place = tuple(map(str, path))
-        if kind := kind_of(module):
-            norms.append(Norm(place, kind, module))
-        else:
+        inner = of_linen(module)
+        if kind := kind_of(module if inner is None else inner):
+            norms.append(Norm(place, kind, module if inner is None else inner))
+        elif inner is None:
             others[place] = type(module)
             own[place] = _nnx_names(module)
     return norms, left_of(others, own)
+
+
+def of_linen(module: Any) -> Any:
+    """The linen module that a bridge makes a part of an nnx model; else None."""
+    bridge = getattr(sys.modules.get("flax.nnx.bridge"), "ToNNX", None)
+    is_bridge = bridge is not None and isinstance(module, bridge)
+    return module.to_nnx__module if is_bridge else None
+
+
+def _warn_of_linen(model: Any) -> None:
+    """Warns of linen modules in an nnx model that may hold norms, which none sees."""
+    from flax import nnx
+
+    hidden = []
+    for path, module in nnx_modules(model):
+        inner = of_linen(module)
+        if inner is None or kind_of(inner) or _is_layer(inner):
+            continue
+        own = leaves(nnx.state(module, nnx.Not(nnx.RngState)))
+        if not own or any(p[-1] in ("scale", "mean") for p in own):
+            hidden.append(f"{type(inner).__name__} at {'/'.join(map(str, path))}")
+    if hidden:
+        warning: Any = _check.error(
+            UserWarning,
+            "find_norms",
+            "the norms of a linen module in an nnx model show in a call of that module"
+            " alone",
+            ", ".join(hidden),
+            "Pass the linen module and the arguments of its call to tools.find_norms as"
+            " well",
+        )
+        warnings.warn(warning, stacklevel=3)
+
+
+def _is_layer(module: Any) -> bool:
+    """Whether a linen module is one of Flax's layers that hold no other module."""
+    return type(module).__module__ in ("flax.linen.linear", "flax.linen.stochastic")
 
 
 def _nnx_names(module: Any) -> dict[str, int]:
@@ -191,7 +232,7 @@ def _nnx_names(module: Any) -> dict[str, int]:
 
     collections = {nnx.Param: "params", nnx.BatchStat: "batch_stats"}
     return {
-        f"{collection}/{name}": np.ndim(value[...])
+        f"{collection}/{name}": np.ndim(value.get_value())
         for name, value in vars(module).items()
         for of, collection in collections.items()
         if isinstance(value, of)

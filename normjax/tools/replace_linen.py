@@ -301,7 +301,8 @@ class Replaced:
         kept: dict[tuple[str, ...], Any] = {}
         dropped = []
         for name in old | new | given:
-            at = next((p for p in changed if name[1 : 1 + len(p)] == p), None)
+            words = tuple(map(str, name[1:]))  # nnx has lists in its state, too
+            at = next((p for p in changed if words[: len(p)] == p), None)
             if at is None:
                 kept |= {name: given[name]} if name in given else {}
             elif name in old and name not in given:
@@ -315,7 +316,7 @@ class Replaced:
             elif name in given and name in new and changed[at]:
                 kept[name] = _like(name, given[name], new[name])
             elif name in given:
-                dropped.append("/".join(name))
+                dropped.append("/".join(map(str, name)))
         fresh = [n for n in new if n not in kept and (n not in old or n in given)]
         if fresh:
             args, kwargs = jax.tree.map(_filled, (args, kwargs))
