@@ -9,7 +9,8 @@ from flax import nnx
 from test_errors import raises
 from test_freeze import same_bits, trained
 
-from normjax import tools
+import normjax.nnx
+from normjax import linen, tools
 from normjax.tools import models
 
 X = jax.random.normal(jax.random.key(1), (6, 4)) + 2
@@ -99,15 +100,17 @@ def test_norms_of_nnx_in_a_linen_model_are_replaced(variables):
     class Written(nnx.Module):
         def __init__(self, *, rngs):
             self.linear = nnx.Linear(4, 4, rngs=rngs)
-            self.norms = nnx.List([nnx.GroupNorm(4, 2, epsilon=1e-5, rngs=rngs)])
-            self.last = nnx.RMSNorm(4, rngs=rngs)
+            self.norms = nnx.List(
+                [normjax.nnx.GroupNorm(4, 2, epsilon=1e-5, rngs=rngs)]
+            )
+            self.last = normjax.nnx.RMSNorm(4, rngs=rngs)
 
         __call__ = Inner.__call__
 
     class WrittenSo(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.GroupNorm(2, epsilon=1e-5, name="own")(x)
+            x = linen.GroupNorm(2, epsilon=1e-5, name="own")(x)
             x = nnx.bridge.to_linen(Written, name="inner")(x)
             return nnx.bridge.to_linen(nnx.RMSNorm, 4, name="rms")(x)
 
