@@ -24,6 +24,7 @@ from normjax.tools.fold import FoldReport as FoldReport
 from normjax.tools.fold import fold as fold
 from normjax.tools.freeze import freeze as freeze
 from normjax.tools.freeze import unfreeze as unfreeze
+from normjax.tools.keras_names import keras_names as keras_names
 from normjax.tools.looks import Look as Look
 from normjax.tools.looks import Rate as Rate
 from normjax.tools.looks import effective_rates as effective_rates
