@@ -467,3 +467,101 @@ def test_weight_decay_leaves_registered_norms_out(variables):
     mask = tools.decay_mask(params, tools.find_norms(model, kinds=NNX_KINDS))
     assert [*map(bool, jax.tree.leaves(mask))].count(False) == 2
     np.testing.assert_equal(len(jax.tree.leaves(mask)), 4)
+
+
+# Looked at, checked, recalibrated and folded.
+
+
+def test_a_look_sees_registered_norms(variables):
+    def looked(**kinds):
+        looks = tools.look(Half(), variables, X, True, mutable=["batch_stats"], **kinds)
+        return {one.name: one for one in looks}
+
+    assert set(looked()) == {"flax"}
+    seen = looked(kinds=KINDS)
+    assert {n: one.kind for n, one in seen.items()} == found(Half(), X, kinds=KINDS)
+    assert set(looked()) == {"flax"}
+    h = nn.Dense(4).apply({"params": variables["params"]["own"]["dense"]}, X)
+    assert_close(seen["own/masked"].channels["mean"], h.mean(0), 8)
+    assert seen["own/masked"].channels["running_mean"].shape == (4,)
+    model = OwnOfNnx(nnx.Rngs(0))
+    names = [one.name for one in tools.look(model, X, kinds=NNX_KINDS)]
+    assert names == ["called", "told/0"]
+
+
+BATCHES = [X, X[:4] + 1]
+
+
+def test_registered_norms_are_recalibrated():
+    """Over what their masks count, and in nnx as well."""
+    kinds = {MaskedBatchNorm: "BatchNorm"}
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return MaskedBatchNorm(name="norm")(x, MASK[: len(x)], train)
+
+    variables = Net().init(jax.random.key(0), X, False)
+
+    def apply(variables, x):
+        return Net().apply(variables, x, True, mutable=["batch_stats"])
+
+    sweep = tools.recalibrate(apply, variables, BATCHES, progress=False, kinds=kinds)
+    valid = jnp.concatenate([X[:4], X[:4] + 1])
+    stats = sweep.variables["batch_stats"]["norm"]
+    assert_close((stats["mean"], stats["var"]), (valid.mean(0), valid.var(0)), 32)
+    model = OwnOfNnx(nnx.Rngs(0))
+    sweep = tools.recalibrate(
+        lambda m, x: m(x, train=True), model, BATCHES, progress=False, kinds=NNX_KINDS
+    )
+    got = sweep.variables
+    whole = jnp.concatenate(BATCHES)
+    assert type(got.called) is NnxBatchNorm and type(got.told[0]) is ToldBatchNorm
+    assert_close(got.called.mean[...], whole.mean(0), 32)
+    assert_close(got.called.var[...], whole.var(0), 32)
+    assert (got.told[0].mean[...] != model.told[0].mean[...]).all()
+
+
+class Foldable(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(4, name="dense")(x)
+        x = RenormBatchNorm(not train, name="renorm")(x)
+        return nn.Dense(2, name="head")(x)
+
+
+def test_registered_norms_are_folded():
+    variables = trained(models.abstract_init(Foldable(), X))
+    folded = tools.fold(Foldable(), variables, X, seconds=0, kinds=KINDS)
+    assert folded.report.folded == {"renorm": ("dense",)}
+    got = folded.apply(folded.variables, X)
+    assert_close(got, Foldable().apply(variables, X), 32)
+    model = OwnOfNnx(nnx.Rngs(0))
+    nnx.update(model, trained(nnx.state(model)))
+    model.told[0].use_running_average = True
+    folded = tools.fold(model, X, train=False, seconds=0, kinds=NNX_KINDS)
+    assert set(folded.report.folded) == {"called/norm", "told/0/norm"}
+    assert_close(folded.apply(X, train=False), model(X, train=False), 32)
+
+
+def test_the_doctor_examines_registered_norms():
+    """A bias that a norm takes off, and an optimizer that decays it."""
+    variables = Foldable().init(jax.random.key(0), X)
+
+    def named(**kinds):
+        report = tools.doctor(
+            Foldable(), X, True, variables=variables, steps=0, **kinds
+        )
+        assert report.norms == 1  # which its statistics show
+        return {(f.name, f.path) for f in report.findings}
+
+    assert named() == set()
+    assert named(kinds=KINDS) == {
+        ("bias-before-norm", "renorm"),
+        ("few-values", "renorm"),
+    }
+    model = OwnOfNnx(nnx.Rngs(0))
+    report = tools.doctor(model, X, kinds=NNX_KINDS, steps=0)
+    assert report.norms == 2
+    found = {(f.name, f.path) for f in report.findings}
+    assert ("bias-before-norm", "told/0/norm") in found

@@ -154,7 +154,7 @@ def takes_kinds(public: Public) -> Public:
     return cast(Public, call)
 
 
-def said() -> tuple:
+def registered_kinds() -> tuple:
     """What `registered` says here, as a part of the key of what is kept."""
     return tuple((_registered.get() or {}).items())
 

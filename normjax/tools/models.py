@@ -364,7 +364,9 @@ def is_array(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
+def substituted(
+    swap: Callable[[Any], Any], first: Callable[[Any], Any] | None = None
+) -> Iterator[list]:
     """Within it, other linen modules are called in place of some of a model.
 
     Args:
@@ -372,6 +374,8 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
         call with its arguments instead, a function or a module made with
         ``parent=module.scope.rewound()``, so that it finds the same variables; or None
         for the module itself.
+      first: the same, for what is to be swapped for a module that ``swap`` knows, which
+        is then asked about that one. None: nothing is.
 
     Yields:
       The paths of the modules that were swapped, in order of their calls; a program
@@ -412,6 +416,11 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
         within = _substitutions.get()[len(outer) + 1 :]
         if any(place not in calling for _, calling in within):
             return call(*args, **kwargs)
+        known = None
+        if first is not None and not any(place == p for p in inside):
+            known = first(module)
+        if known is not None:
+            return known(*args, **kwargs)
         return called(call, args, kwargs, context)
 
     token = _substitutions.set((*outer, (called, inside)))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from normjax.tools.kinds import checked_kinds
 from normjax.tools.models import leaves, system_of, variables_of
 from normjax.tools.replace_linen import replaced_in_linen
 from normjax.tools.replace_nnx import replaced_in_nnx
@@ -76,6 +77,15 @@ def replaced(model: Any, rule: Rule) -> Any:
     if system_of(rule.name, model) == "linen":
         return replaced_in_linen(model, rule)
     return replaced_in_nnx(model, rule)
+
+
+def with_known(name: str, model: Any, kinds: Mapping[type, str | None] | None) -> Any:
+    """Returns a model with normjax's batch norms for those of a user's own classes."""
+    if "BatchNorm" not in checked_kinds(name, kinds).values():
+        return model
+    return replaced(
+        model, Rule(name, "batch", "known", ("*",), {}, checked_kinds(name, kinds))
+    )
 
 
 def find_dropped(before: Any, after: Any) -> list[str]:

@@ -41,6 +41,7 @@ from normjax.tools.replace_rules import (
     flags_of,
     held,
     holds,
+    is_own,
     made,
     no_module,
     no_norm,
@@ -465,15 +466,15 @@ def _check_seen(model: Replaced, variables: Any, *, is_whole: bool = False) -> N
     rules, seen = model._normjax_rules, model._normjax_seen
     groups, seen.groups = seen.groups, {}
     check_groups(rules[-1], groups)
+    told: Left = {}
     own = names_of(variables)
     with registered(rules[-1].name, _kinds(rules)):
         left = left_of(seen.others, own)
-    told: Left = {}
-    for i, rule in enumerate(rules):
-        norms = [steps[i] for steps in seen.steps.values() if steps[i].kind]
-        may_be = {p for p, names in own.items() if rule.may_want(set(names))}
-        elsewhere = () if is_whole else may_be - set(seen.steps) - set(seen.others)
-        told |= check_found(rule, norms, elsewhere, left)
+        for i, rule in enumerate(rules):
+            norms = [steps[i] for steps in seen.steps.values() if steps[i].kind]
+            may_be = {p for p, names in own.items() if rule.may_want(set(names))}
+            elsewhere = () if is_whole else may_be - set(seen.steps) - set(seen.others)
+            told |= check_found(rule, norms, elsewhere, left)
     warn_of(rules[-1].name, told)
 
 
@@ -507,6 +508,7 @@ def _swap(rules: tuple[Rule, ...], place: _Place, module: Any) -> Callable | Non
             place.seen.others[path] = type(module)
             return None
         norm = Norm(path, kind, _plain(module.clone(parent=None)))
+        _tell_parameters(norm.module, module)
         if not all(rule.is_for_all() for rule in rules) and _is_within_nn_jit():
             raise _check.error(
                 ValueError,
@@ -523,6 +525,33 @@ def _swap(rules: tuple[Rule, ...], place: _Place, module: Any) -> Callable | Non
     if new is norm:
         return None
     return functools.partial(_call, rules[-1].name, place.seen, new, module)
+
+
+def known(module: Any) -> Callable | None:
+    """What to call in place of a batch norm of a user's own: normjax's, so called.
+
+    It has the fields, the variables and the place of it: what a tool does with batch
+    norms, it does with this one. None for all other modules.
+    """
+    from normjax import linen
+
+    if not is_own(module) or kind_of(module) != "BatchNorm":
+        return None
+    rule = Rule("kinds", "batch", "known", ("*",), {}, {})
+    norm = Norm(module.path, "BatchNorm", module.clone(parent=None))
+    _tell_parameters(norm.module, module)
+    of, fields = made(rule, norm, linen)
+    new = norm._replace(module=of(**fields, parent=None))
+    return functools.partial(_call, rule.name, _Seen(), new, module)
+
+
+def _tell_parameters(plain: Any, module: Any) -> None:
+    """Gives a copy of a user's own norm the fields that say which parameters it has."""
+    if is_own(module) and not module.is_initializing():
+        for name in ("scale", "bias"):
+            if not hasattr(plain, f"use_{name}"):
+                there = module.has_variable("params", name)
+                object.__setattr__(plain, f"use_{name}", there)
 
 
 def _kinds(rules: tuple[Rule, ...]) -> dict[type, str | None]:

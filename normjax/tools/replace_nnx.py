@@ -124,13 +124,15 @@ def _new(rule: Rule, norm: Norm) -> Any:
     of, fields = made(rule, norm, normjax.nnx)
     if is_registered(old):  # which may have no such fields
         for name in ({"use_scale", "use_bias"} & set(fields_of(of))) - set(rule.fields):
-            there = getattr(old, name.removeprefix("use_"), None) is not None
+            there = _has(old, name.removeprefix("use_"))
             fields[name] = getattr(old, name, there)
     if rule.new == "unfrozen":
         fields |= thawed
     takes = [inspect.signature(c.__call__).parameters for c in (type(old), of)]
-    if has_own_call(old) or takes[0].keys() - takes[1].keys():
-        of = _called_as(of, old_class, rule.name, norm.path)
+    if rule.new == "known":
+        pass  # what holds the new norm translates its calls
+    elif has_own_call(old) or takes[0].keys() - takes[1].keys():
+        of = called_as(of, old_class, rule.name, norm.path)
     new = of(_features(rule, norm), **fields, rngs=nnx.Rngs(0))
     if switches(new) == SWITCHES["frozen"]:  # and may be as it was again
         is_new = switches(old) != SWITCHES["frozen"]
@@ -150,7 +152,26 @@ def _new(rule: Rule, norm: Norm) -> Any:
             + f" for {at(norm)}",
             "Replace the norms before they are stacked, or leave such fields out",
         )
+    if rule.new == "known":
+        return _translating()(new, old_class, rule.name, norm.path)
     return new
+
+
+def known_fields(name: str, norm: Norm) -> dict[str, Any]:
+    """The fields of normjax's batch norm in place of one of a user's own."""
+    import normjax.nnx
+
+    rule = Rule(name, "batch", "known", ("*",), {}, {})
+    fields = made(rule, norm, normjax.nnx)[1]
+    return {
+        **{f"use_{n}": _has(norm.module, n) for n in ("scale", "bias")},
+        **fields,
+        "num_features": _features(rule, norm),
+    }
+
+
+def _has(module: Any, name: str) -> bool:
+    return getattr(module, name, None) is not None
 
 
 def _held(rule: Rule, norm: Norm) -> Any:
@@ -163,7 +184,7 @@ def _held(rule: Rule, norm: Norm) -> Any:
 
 
 @functools.cache
-def _called_as(of: Any, old: Any, name: str, path: tuple[str, ...]) -> Any:
+def called_as(of: Any, old: Any, name: str, path: tuple[str, ...]) -> Any:
     """A class of norms that may be called with all that another one is called with."""
 
     class Norm(of):
@@ -177,6 +198,31 @@ def _called_as(of: Any, old: Any, name: str, path: tuple[str, ...]) -> Any:
     call.__signature__ = inspect.signature(old.__call__)
     Norm.__name__ = Norm.__qualname__ = of.__name__
     return Norm
+
+
+@functools.cache
+def _translating() -> Any:
+    """The class of what holds a norm that is called as one of another class."""
+    from flax import nnx
+
+    import normjax.nnx
+
+    class Translating(nnx.Module):
+        """Calls its norm, as a tool knows it, with what another one is called with."""
+
+        def __init__(self, norm: Any, old: Any, name: str, path: tuple[str, ...]):
+            self.norm = norm
+            self.old, self.name, self.path = old, name, path
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            # A tool may have put another class there, which takes anything.
+            calls = self.old.__call__, normjax.nnx.BatchNorm.__call__
+            operands, options = arguments(
+                self.name, self.path, calls, (self, *args), kwargs
+            )
+            return self.norm(*operands, **options)
+
+    return Translating
 
 
 @functools.cache

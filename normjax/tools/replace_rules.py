@@ -43,8 +43,8 @@ class Rule(NamedTuple):
     Attributes:
       name: of the public function, for its errors.
       old: "batch", "layer", "rms", "group", "instance" or "any".
-      new: one of the same, "synced", "frozen", "unfrozen" or "none", a linen module, or
-        a function of a norm.
+      new: one of the same, "synced", "frozen", "unfrozen", "none", or "known", the norm
+        of normjax for one of a user's own; a linen module, or a function of a norm.
       paths: patterns of the paths of the norms.
       fields: fields of the new norms, beside those of the old ones.
       kinds: which norms classes of a user's own are.
@@ -60,6 +60,8 @@ class Rule(NamedTuple):
     def wants(self, norm: Norm) -> bool:
         """Whether it is about norms such as this one, wherever they are."""
         if not norm.kind or self.old not in ("any", _word(norm.kind)):
+            return False
+        if self.new == "known" and not is_own(norm.module):
             return False
         return self.new != "unfrozen" or switches(norm.module) == SWITCHES["frozen"]
 
@@ -141,7 +143,7 @@ def _word(kind: str) -> str:
 
 def made(rule: Rule, norm: Norm, library: Any) -> tuple[Any, dict[str, Any]]:
     """Returns the class of normjax of a new norm, and its fields."""
-    word = _word(norm.kind) if rule.new == "same" else rule.new
+    word = _word(norm.kind) if rule.new in ("same", "known") else rule.new
     kind = "BatchNorm" if word in SWITCHES else CLASSES[word]
     of = getattr(library, ("Add" if adds(norm.module) else "") + kind, None)
     if of is None:
@@ -217,6 +219,11 @@ def has_own_call(module: Any) -> bool:
     return of.__module__.split(".")[0] not in ("flax", "normjax")
 
 
+def is_own(module: Any) -> bool:
+    """Whether a norm is of a class of a user's own, which only `registered` knows."""
+    return is_registered(module) and has_own_call(module)
+
+
 def _refuse_own_call(rule: Rule, norm: Norm) -> None:
     """Refuses a norm of another call than Flax's that nobody said is one."""
     if not has_own_call(norm.module) or is_registered(norm.module):
@@ -235,7 +242,7 @@ def _refuse_own_call(rule: Rule, norm: Norm) -> None:
 def _check_own_fields(rule: Rule, norm: Norm, kind: str, carried: Mapping) -> None:
     """Refuses a class of a user's own that does not say what the new norm needs."""
     needed = ["epsilon"]
-    if kind == norm.kind == "BatchNorm" and rule.new != "frozen":
+    if kind == norm.kind == "BatchNorm" and rule.new not in ("frozen", "known"):
         needed.append("momentum")
     missing = [n for n in needed if n not in carried and n not in rule.fields]
     if missing:
@@ -250,8 +257,7 @@ def _check_own_fields(rule: Rule, norm: Norm, kind: str, carried: Mapping) -> No
 
 def holds(rule: Rule, norm: Norm) -> bool:
     """Whether a norm is to be frozen as it is, since its class is a user's own."""
-    own = has_own_call(norm.module) and is_registered(norm.module)
-    return rule.new == "frozen" and own
+    return rule.new == "frozen" and is_own(norm.module)
 
 
 @functools.cache
