@@ -446,6 +446,55 @@ def test_what_a_class_does_not_say_is_asked_for():
         models.abstract_init(other, X)
 
 
+class Plain(nn.Module):
+    """With the names that other libraries have."""
+
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + self.eps) * weight
+
+
+class Scaled(nn.Module):
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x):
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + self.eps)
+
+
+class NnxPlain(nnx.Module):
+    def __init__(self):
+        self.weight = nnx.Param(jnp.ones(4))
+        self.eps = 1e-3
+
+    def __call__(self, hidden_states):
+        return hidden_states * self.weight[...]
+
+
+def test_other_names_of_epsilon_are_read_and_of_parameters_refused():
+    """A weight would be lost without a word."""
+    kinds = {Plain: "RMSNorm", Scaled: "RMSNorm", NnxPlain: "RMSNorm"}
+    same = tools.replace(nn.Sequential([Scaled()]), "rms", "same", kinds=kinds)
+    assert_close(same.apply({}, X), Scaled().apply({}, X), 8)
+    message = (
+        "replace: the parameters of a norm of your own must be scale and bias, as those"
+        " of the new norm. Got weight of a {} at {}. Leave it out by paths, or pass"
+        " tools.replace a function that makes a module."
+    )
+    model = nn.Sequential([Plain()])
+    variables = model.init(jax.random.key(0), X)
+    with raises(ValueError, message.format("Plain", "layers_0")):
+        tools.replace(model, "rms", "same", kinds=kinds).apply(variables, X)
+    with raises(ValueError, message.format("NnxPlain", "a")):
+        tools.replace(nnx.Dict(a=NnxPlain()), "rms", "layer", kinds=kinds)
+    norms = tools.find_norms(model, X, kinds=kinds)
+    mask = tools.decay_mask(variables["params"], norms)
+    assert mask == {"layers_0": {"weight": False}}
+
+
 # Of decay.
 
 

@@ -6,6 +6,7 @@ import pickle
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from family import assert_close
@@ -91,6 +92,8 @@ CALLS = {
     "sequential": lambda m, v: inside(nn.Sequential([m]), "layers_0", v),
     "a field": lambda m, v: inside(Holds(m), "model", v),
     "made within": lambda m, v: inside(Makes(), "model", v),
+    "made in a call": lambda m, v: inside(Calls(), "Model_0", v),
+    "nn.jit": lambda m, v: nn.jit(type(m), static_argnums=2)(m.part).apply(v, X, True),
     "remat": lambda m, v: nn.remat(type(m), static_argnums=2)(m.part).apply(v, X, True),
     "TrainState": lambda m, v: state_of(m, v).apply_fn(v, X, True),
 }
@@ -137,6 +140,12 @@ class Makes(nn.Module):
 
     def __call__(self, x, train):
         return self.model(x, train)
+
+
+class Calls(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return tools.freeze(Model(Part(parent=None)))(x, train)
 
 
 def state_of(model, variables):
@@ -252,6 +261,46 @@ def test_a_model_of_a_replaced_model_is_replaced_once(variables):
     paths = [("norm",), ("part", "norm"), ("parts_0", "norm"), ("parts_1_last", "norm")]
     assert sorted(set(seen)) == [(("layers_0", *p), linen.GroupNorm) for p in paths]
     assert len(seen) == len(paths)
+
+
+def test_fields_without_a_hash_are_kept_as_those_of_the_model_are():
+    """Of the model and of the rule: nothing else asks for a hash."""
+
+    class Wide(nn.Module):
+        table: object
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(True)(x) + self.table
+
+    model = Wide(np.ones(3))
+    replaced = tools.replace(
+        model, "batch", "layer", scale_init=nn.initializers.ones, feature_axes=[-1]
+    )
+    again = tools.replace(replaced, "layer", lambda norm: None)
+    variables = again.init(jax.random.key(0), X)
+    assert again.apply(variables, X).shape == X.shape
+    assert again.clone().table is model.table
+    groups = tools.replace(model, "batch", "same", axis_index_groups=[np.arange(2)])
+    assert isinstance(groups, Wide)
+
+
+def test_a_teacher_and_its_frozen_student_share_what_setup_has_made(variables):
+    """A model that another module has bound already is replaced where it is."""
+
+    class Both(nn.Module):
+        def setup(self):
+            self.model = Model(Part())
+            self.frozen = tools.freeze(self.model)
+
+        def __call__(self, x):
+            return self.model(x, True), self.frozen(x, True)
+
+    inner = {c: {"model": v} for c, v in variables.items()}
+    (trained_y, frozen_y), _ = Both().apply(inner, X, mutable=["batch_stats"])
+    want = MODEL.apply(variables, X, True, mutable=["batch_stats"])[0]
+    assert_close(trained_y, want, 8)
+    assert jnp.abs(frozen_y - want).max() > 0.01
 
 
 def test_names_of_the_model_come_before_those_of_the_tool():

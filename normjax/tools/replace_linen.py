@@ -548,6 +548,8 @@ def known(module: Any) -> Callable | None:
 def _tell_parameters(plain: Any, module: Any) -> None:
     """Gives a copy of a user's own norm the fields that say which parameters it has."""
     if is_own(module) and not module.is_initializing():
+        parameters = list(module.variables.get("params", {}))
+        object.__setattr__(plain, "_normjax_parameters", parameters)
         for name in ("scale", "bias"):
             if not hasattr(plain, f"use_{name}"):
                 there = module.has_variable("params", name)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -167,7 +168,10 @@ def made(rule: Rule, norm: Norm, library: Any) -> tuple[Any, dict[str, Any]]:
             f"Pass some of {', '.join(known)}",
         )
     carried = {f: getattr(norm.module, f) for f in known if hasattr(norm.module, f)}
-    _check_own_fields(rule, norm, kind, carried)
+    if is_own(norm.module):
+        if hasattr(norm.module, "eps"):
+            carried.setdefault("epsilon", norm.module.eps)
+        _check_own(rule, norm, kind, carried)
     if norm.kind != kind:
         carried = _translated(rule, norm, kind, carried)
     fields = {**carried, **SWITCHES.get(word, {}), **rule.fields}
@@ -239,8 +243,27 @@ def _refuse_own_call(rule: Rule, norm: Norm) -> None:
     )
 
 
-def _check_own_fields(rule: Rule, norm: Norm, kind: str, carried: Mapping) -> None:
+def own_parameters(module: Any) -> list[str]:
+    """The parameters of a user's own norm, by name, as far as they are known."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(module, nnx.Module):
+        return [n for n, value in vars(module).items() if isinstance(value, nnx.Param)]
+    return getattr(module, "_normjax_parameters", [])
+
+
+def _check_own(rule: Rule, norm: Norm, kind: str, carried: Mapping) -> None:
     """Refuses a class of a user's own that does not say what the new norm needs."""
+    others = [n for n in own_parameters(norm.module) if n not in ("scale", "bias")]
+    if others:
+        raise _check.error(
+            ValueError,
+            rule.name,
+            "the parameters of a norm of your own must be scale and bias, as those of"
+            " the new norm",
+            f"{', '.join(others)} of a {type(norm.module).__name__} at {at(norm)}",
+            "Leave it out by paths, or pass tools.replace a function that makes a"
+            " module",
+        )
     needed = ["epsilon"]
     if kind == norm.kind == "BatchNorm" and rule.new not in ("frozen", "known"):
         needed.append("momentum")
