@@ -116,6 +116,25 @@ def test_boxed_variables_are_read_as_those_without_and_as_files_of_them():
     assert masked(variables) == masked(to_state_dict(variables)) == want
 
 
+def test_sharded_variables_of_nnx_are_read_as_those_without():
+    """Whose names of mesh axes are beside the value."""
+    ones = nnx.initializers.ones_init()
+    with jax.set_mesh(jax.make_mesh((1,), ("model",))):
+        init = nnx.with_partitioning(ones, ("model",))
+        model = nnx.Dict(
+            dense=nnx.Linear(4, 4, rngs=nnx.Rngs(0)),
+            norm=nnx.BatchNorm(4, scale_init=init, rngs=nnx.Rngs(0)),
+        )
+    state = nnx.state(model)
+    (row,) = tools.norm_table(state)
+    assert (row.name, row.scale) == ("norm", (1.0, 1.0, 1.0))
+    assert tools.norm_table(nnx.to_pure_dict(state)) == [row]
+    params = nnx.state(model, nnx.Param)
+    mask = tools.decay_mask(params, tools.find_norms(model), biases=False)
+    decays = [path for path, on in models.flat(mask).items() if on]
+    assert decays == [("dense", "kernel")]
+
+
 def test_adamw_leaves_norms_without_decay(params, norms):
     """One step: exactly that without decay for norms, and with it for all else."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import typing
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from test_freeze import same_bits, trained
 from normjax import linen, tools
 from normjax.tools import models
 
+T = typing.TypeVar("T")
 X = jax.random.normal(jax.random.key(1), (6, 3)) + 2
 
 
@@ -207,6 +209,9 @@ def test_parts_taken_out_of_a_bound_model_are_replaced_at_their_paths(variables)
     assert isinstance(part, Part) and part != Part()
     same = Part().apply(of, X, False)
     assert_close(part.apply(of, X, True), same, 8)
+    thawed = tools.unfreeze(part, "norm")
+    want = Part().apply(of, X, True, mutable=True)
+    same_bits(thawed.apply(of, X, True, mutable=True), want)
     other, of = frozen.bind(variables).parts[0].unbind()
     _, moved = other.apply(of, X, True, mutable=True)
     old, new = (v["batch_stats"]["norm"]["mean"] for v in (of, moved))
@@ -283,6 +288,38 @@ def test_fields_without_a_hash_are_kept_as_those_of_the_model_are():
     assert again.clone().table is model.table
     groups = tools.replace(model, "batch", "same", axis_index_groups=[np.arange(2)])
     assert isinstance(groups, Wide)
+
+
+def test_classes_of_every_making_are_replaced():
+    """By keyword alone, with an equality of their own, of type variables, bridged."""
+
+    class Keyword(nn.Module, kw_only=True):
+        eps: float
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(False, epsilon=self.eps)(x)
+
+    class Equal(Keyword):
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+        def __hash__(self):
+            return 7
+
+    class Generic(nn.Module, typing.Generic[T]):
+        @nn.compact
+        def __call__(self, x):
+            return Keyword(eps=1e-3)(x)
+
+    for model in (Keyword(eps=1e-3), Equal(eps=1e-3), Generic[int]()):
+        frozen = tools.freeze(model)
+        variables = trained(models.abstract_init(frozen, X))
+        y, moved = frozen.apply(variables, X, mutable=["batch_stats"])
+        same_bits(moved["batch_stats"], variables["batch_stats"])
+        assert y.shape == X.shape and type(frozen.clone()) is type(frozen)
+    assert Equal(eps=1.0) == tools.freeze(Equal(eps=2.0))
+    assert hash(tools.freeze(Equal(eps=2.0))) == 7
 
 
 def test_a_teacher_and_its_frozen_student_share_what_setup_has_made(variables):

@@ -101,12 +101,16 @@ _classes: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 def replaced_in_linen(model: Any, rule: Rule) -> Any:
     """A linen model with its norms replaced by a rule, beside those it has."""
+    within = getattr(model, "_normjax_within", ())
+    if within:  # a part of a replaced model, whose patterns are of the whole
+        above = "/".join(within)
+        paths = tuple(p if p == "*" else f"{above}/{p}" for p in rule.paths)
+        rule = rule._replace(paths=paths)
     rules = (*getattr(model, "_normjax_rules", ()), rule)
     # Within the setup or the call of another module, a model may be bound already.
     parent = None if model.scope is None else model.scope.rewound()
     new = _plain(model.clone(parent=parent))
     object.__setattr__(new, "_normjax_seen", _Seen())
-    within = getattr(model, "_normjax_within", ())
     return _as(_class_of(type(new), rules, within), new)
 
 
