@@ -822,6 +822,13 @@ def test_kernels_of_heads_are_known_by_bias_by_names_or_by_layouts():
     assert shapes(query=to, key=to, value=to)["query.weight"] == (3, 2, 6)
     many = {"kernel": (4, 2, 3, 2, 5), "bias": (2, 5)}
     assert shapes(many=many)["many.weight"] == (10, 24)
+    for layout in ("dense_from_heads", "depthwise", "heads"):
+        with pytest.raises(ValueError) as error:
+            shapes({"proj": layout}, proj={**to, "bias": (2, 3)})
+        assert str(error.value) == (
+            f"to_torch: {LAYOUTS}. Got {{'proj': {layout!r}}}; such modules are 'proj'."
+            f" {LAYOUTS_ARE}"
+        )
 
 
 def test_models_of_nnx_with_attention_convert():

@@ -210,16 +210,31 @@ def test_what_a_class_resembles_is_seen_by_its_variables():
         def __call__(self, x):
             return x * self.param("scale", nn.initializers.ones, (4,))
 
-    class MyGroupNorm(nn.Module):
+    class Stack(nn.Module):  # whose parameters have an axis of layers, too
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.vmap(
+                OwnLayerNorm, variable_axes={"params": 0}, split_rngs={"params": True}
+            )
+            return layers(name="norm")(x)
+
+    class OwnLayerNorm(nn.Module):
         @nn.compact
         def __call__(self, x):
             return x + self.param("beta", nn.initializers.ones, (4,))
 
-    model = nn.Sequential([Normalizer(), NormBlock(), nn.remat(MyGroupNorm)()])
+    class MyGroupNorm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x + self.param("g", nn.initializers.ones, (4,))
+
+    model = nn.Sequential([Normalizer(), NormBlock(), nn.remat(MyGroupNorm)(), Stack()])
     with left(
         "find_norms",
-        "Normalizer at layers_0, MyGroupNorm at layers_2",
-        '{MyGroupNorm: "GroupNorm", Normalizer: "BatchNorm"}',
+        "Normalizer at layers_0, MyGroupNorm at layers_2, OwnLayerNorm at"
+        " layers_3/norm",
+        '{MyGroupNorm: "GroupNorm", Normalizer: "BatchNorm", OwnLayerNorm:'
+        ' "LayerNorm"}',
     ):
         assert found(model, X) == {"layers_1/LayerNorm_0": "LayerNorm"}
 

@@ -253,6 +253,49 @@ def test_a_part_of_another_model_is_replaced_by_its_own_paths(variables):
         wrong.apply(both, X, mutable=["batch_stats"])
 
 
+class Coder(nn.Module):
+    def setup(self):
+        self.encoder, self.decoder = nn.BatchNorm(False), nn.BatchNorm(False)
+
+    def __call__(self, x):
+        return self.decode(self.encode(x))
+
+    def encode(self, x):
+        return self.encoder(x[:, :2])
+
+    def decode(self, x):
+        return self.decoder(x)
+
+
+def test_methods_of_a_part_are_initialized_one_after_another():
+    """Of which the first does not reach what a pattern is about."""
+
+    class Uses(nn.Module):
+        coder: nn.Module
+
+        def __call__(self, x):
+            return self.coder.decode(self.coder.encode(x))
+
+    variables = Uses(tools.freeze(Coder(), "decoder")).init(jax.random.key(0), X)
+    model = Uses(tools.freeze(Coder(), "decoder"))
+    _, moved = model.apply(variables, X, mutable=["batch_stats"])
+    stats = moved["batch_stats"]["coder"]
+    assert not stats["decoder"]["mean"].any() and stats["encoder"]["mean"].any()
+
+
+def test_groups_of_one_call_are_no_fault_of_the_next():
+    grouped = tools.replace(Coder(), "batch", "group", num_groups=3)
+    variables = {"params": {"decoder": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}}
+    with raises(
+        ValueError,
+        "replace: num_groups must divide the features of every norm. Got num_groups=3,"
+        " and features 2 at encoder. Pass num_groups=2, which divides all that are"
+        " replaced, or replace them by paths, each with its own.",
+    ):
+        grouped.apply(variables, X, method="encode")
+    assert grouped.apply(variables, X, method="decode").shape == X.shape
+
+
 def test_a_model_of_a_replaced_model_is_replaced_once(variables):
     """A function of the norm is asked of what the inner rule has made, once."""
     seen = []

@@ -416,9 +416,7 @@ def substituted(
         within = _substitutions.get()[len(outer) + 1 :]
         if any(place not in calling for _, calling in within):
             return call(*args, **kwargs)
-        known = None
-        if first is not None and not any(place == p for p in inside):
-            known = first(module)
+        known = first(module) if first is not None else None
         if known is not None:
             return known(*args, **kwargs)
         return called(call, args, kwargs, context)

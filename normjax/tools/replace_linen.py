@@ -128,20 +128,12 @@ def _class_of(of: type, rules: tuple[Rule, ...], within: Path) -> type:
     key: Any = (of, _hashable(rules), within)
     try:
         found = _classes.get(key)
-    except (
-        TypeError
-    ):  # with fields that have no hash, as the model would then have none
+    except TypeError:  # fields without a hash: such a model equals none but itself
         key = found = None
     if found is None:
-        # Of what Flax makes anew in each subclass, that of the model.
-        kept = (
-            "__init__",
-            "__eq__",
-            "__hash__",
-            "__module__",
-            "__qualname__",
-            "__doc__",
-        )
+        # Of what is made anew for each class, that of the model.
+        named = ("__module__", "__qualname__", "__doc__")
+        kept = ("__init__", "__eq__", "__hash__", *named)
         own = {name: getattr(of, name) for name in kept}
         own |= {"convert": of.convert} if hasattr(of, "convert") else {}
         own |= {"_normjax_rules": rules, "_normjax_within": within}
@@ -410,10 +402,7 @@ def _place(module: Any) -> _Place | None:
 
 def _is_active(place: _Place) -> bool:
     """Whether a call of the same replaced model is under way."""
-    return any(
-        a.seen is place.seen and a.inside(place.path) == place.within
-        for a in _active.get()
-    )
+    return any(active.seen is place.seen for active in _active.get())
 
 
 def _attribute(whole: Replaced, name: str, value: Any) -> Any:
