@@ -608,6 +608,21 @@ def test_registered_norms_are_folded():
     assert_close(folded.apply(X, train=False), model(X, train=False), 32)
 
 
+def test_a_norm_of_flax_beside_registered_ones_is_folded_as_ever():
+    class Beside(OwnOfNnx):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.flax = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.flax(self.linear(self.called(x, deterministic=True)))
+
+    model = Beside(nnx.Rngs(0))
+    nnx.update(model, trained(nnx.state(model)))
+    folded = tools.fold(model, X, seconds=0, kinds=NNX_KINDS)
+    assert folded.report.folded["flax"] == ("linear",)
+
+
 def test_the_doctor_examines_registered_norms():
     """A bias that a norm takes off, and an optimizer that decays it."""
     variables = Foldable().init(jax.random.key(0), X)
