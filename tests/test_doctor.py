@@ -641,7 +641,7 @@ def trained(model, x=X):
 def test_a_frozen_norm_of_linen_is_not_taken_to_train(norm, n):
     model, x = Biased(norm), X[:n, 0]
     variables = trained(model)
-    assert calls.measure(model, variables, (x,), {}).gap == 0
+    assert calls.measure(model, variables, (x,), {}).gaps == [0]
     report = tools.doctor(model, x, variables=variables, steps=100)
     assert report.findings == ()
     frozen = "the call has running statistics normalize in norm"
@@ -702,6 +702,188 @@ def test_a_mean_that_two_norms_take_off_takes_the_bias_off():
 
     assert found(linen.InstanceNorm(name="other")) == {"norm", "other"}
     assert found(nn.LayerNorm(name="other")) == set()
+
+
+class Flagged(nn.Module):
+    """A norm that is passed the flag of training, and some that are not."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(not train, name="first")(x)
+        for i in range(2):
+            x = nn.BatchNorm(use_running_average=True, name=f"left{i}")(x)
+        return nn.Dense(2)(x)
+
+
+class NnxFlagged(nnx.Module):
+    def __init__(self):
+        self.first, self.left = (nnx.BatchNorm(4, rngs=nnx.Rngs(0)) for _ in "12")
+
+    def __call__(self, x, train=False):
+        x = self.first(x, use_running_average=not train)
+        return self.left(x, use_running_average=True)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@each_system
+def test_a_flag_that_some_norms_are_not_passed_is_found(system, trained):
+    """Whether their statistics are those of the start, or pretrained."""
+    if system == "linen":
+        model = Flagged()
+        variables = model.init(jax.random.key(0), X[:, 0])
+        stats = variables["batch_stats"]
+        given, some = {"variables": variables}, ["left0", "left1"]
+    else:
+        model = NnxFlagged()
+        stats = {k: getattr(model, k) for k in ("first", "left")}
+        given, some = {}, ["left"]
+    for name, of in stats.items():
+        if trained or name == "first":
+            mean = jnp.full(4, 0.1)
+            of.update(mean=mean) if system == "linen" else of.mean.set_value(mean)
+    report = tools.doctor(model, X[:, 0], train=True, **given)
+    assert {name for name, _ in named(report)} <= {"modes-differ", "mask-unused"}
+    (finding,) = [f for f in report.findings if f.name == "modes-differ"]
+    assert (finding.path, finding.severity) == (some[0], "warning")
+    assert finding.what == (
+        f"some norms infer while others train, {len(some)} of {len(some) + 1}:"
+        f" {', '.join(some)}"
+    )
+    assert "updates" not in finding.todo and "flag" in finding.todo
+
+
+def test_norms_that_a_step_leaves_out_are_found():
+    variables = Flagged().init(jax.random.key(0), X[:, 0])
+
+    def step(variables):
+        rest = {"mutable": ["batch_stats"]}
+        return {**variables, **Flagged().apply(variables, X[:, 0], True, **rest)[1]}
+
+    given = {"variables": variables, "steps": 0}
+    report = tools.doctor(Flagged(), X[:, 0], False, step=step, **given)
+    assert "modes-differ" not in {name for name, _ in named(report)}
+    model = NnxFlagged()
+    report = tools.doctor(model, step=lambda m: m(X[:, 0], True), steps=0)
+    assert named(report) == {("modes-differ", "left")}
+
+
+def test_norms_that_are_set_to_infer_are_meant_to():
+    for model in (teacher(True), teacher(False)):
+        report = tools.doctor(model, X[:, 0], steps=0)
+        assert "modes-differ" not in {name for name, _ in named(report)}
+    model = tools.freeze(Flagged(), "left*")
+    variables = Flagged().init(jax.random.key(0), X[:, 0])
+    report = tools.doctor(model, X[:, 0], True, variables=variables, steps=0)
+    assert named(report) == {("mask-unused", "first")}
+
+
+# What a call is given.
+
+
+class Called(nnx.Module):
+    """It writes what it is called with."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, x, rngs, cache=None):
+        x = self.norm(x)
+        if cache is not None:
+            cache[...] += x.sum()
+        return self.dropout(x, rngs=rngs)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_objects_of_nnx_are_arguments_and_stay_as_they_are(cached):
+    cache = nnx.Variable(jnp.zeros(())) if cached else None
+    rngs = nnx.Rngs(dropout=0)
+    for args, kwargs in [((rngs, cache), {}), ((), {"rngs": rngs, "cache": cache})]:
+        report = tools.doctor(Called(), SAMPLES, *args, steps=0, **kwargs)
+        assert report.findings == (), str(report)
+        assert len(tools.look(Called(), SAMPLES, *args, **kwargs)) == 1
+    assert rngs.dropout.count[...] == 0 and (cache is None or cache[...] == 0)
+
+
+class Dropped(nn.Module):
+    """It needs a stream of its own, and keeps what it is asked to."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(4)(x))
+        noise = jax.random.normal(self.make_rng("noise"), x.shape)
+        self.put_variable("kept", "x", x)
+        return x + 100 * noise if self.has_rng("noise") else x
+
+
+def test_rngs_and_mutable_mean_in_all_tools_what_apply_has():
+    model, x = Dropped(), X[:14, 0]
+    key = jax.random.key(0)
+    keys = {"params": key, "noise": key}
+    variables = model.init(keys, x)
+    mutable = ["batch_stats", "kept"]
+    given = {"rngs": {"noise": key}, "mutable": mutable}
+    assert len(tools.look(model, variables, x, **given)) == 1
+    assert [n.path for n in tools.find_norms(model, x, **given)] == [("norm",)]
+    grouped = tools.replace(model, "batch", "group", num_groups=2)
+    converted, _ = grouped.convert(variables, x, **given)
+    assert set(converted) == {"params", "kept"}
+    for more in (given, {"rngs": {"noise": key}}, {"rngs": key}):
+        report = tools.doctor(model, x, variables=variables, steps=0, **more)
+        assert "not-finite" not in {name for name, _ in named(report)}
+    variables["batch_stats"]["norm"]["mean"] += 1
+    folded = tools.fold(model, variables, x, False, seconds=0, **given)
+    assert list(folded.report.folded) == ["norm"]
+
+
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_a_channel_that_a_batch_has_ruined_can_be_mended_in_two_ways(name):
+    ruined = {name: np.array([1, np.nan, 1])}
+    (finding,) = tools.doctor(tree(**ruined)).findings
+    assert finding.todo == (
+        "Recompute the statistics with tools.recalibrate, or set mean to 0 and var to 1"
+        " in these channels and train on; skip_nonfinite=True, of normjax's BatchNorm"
+        " and of RunningMoments.update, leaves such updates out"
+    )
+    model, variables = normed()
+    given = {**START, **ruined}
+    given = {k: np.resize(a, 4).astype(np.float32) for k, a in given.items()}
+    ill = {**variables, "batch_stats": {"norm": given}}
+
+    def apply(variables, x):
+        return model.apply(variables, x, True, mutable=["batch_stats"])
+
+    mended = tools.recalibrate(apply, ill, [X[:14]], progress=False).variables
+    for of, finds in ((ill, True), (mended, False)):
+        report = tools.doctor(model, X[:14], True, variables=of)
+        assert (("not-finite", "norm") in named(report)) is finds
+
+
+def test_dead_channels_wait_until_statistics_have_moved():
+    """Until then it is their start that kills, and what follows lives in training."""
+    far = SAMPLES * 0.1 - np.float32([8, -8, -8, -8])
+
+    class Rectified(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.BatchNorm(use_running_average=False, name="norm")(x)
+            return nn.Dense(2)(nn.relu(y))
+
+    model = Rectified()
+    variables = model.init(jax.random.key(0), far)
+    moved = {"mean": far.mean(0), "var": far.var(0)}
+    for share, waits in ((0.02, True), (1.0, False)):
+        stats = {k: share * a + (1 - share) * START[k][0] for k, a in moved.items()}
+        given = {**variables, "batch_stats": {"norm": stats}}
+        report = tools.doctor(model, far, variables=given)
+        assert "dead-channels" not in {name for name, _ in named(report)}
+        why = report.skipped.get("dead-channels")
+        assert why == (
+            "running statistics have hardly moved from their start, 0 and 1, so that it"
+            " is not known of norm"
+            if waits
+            else None
+        )
 
 
 # Outputs and gradients that are as they should be.
@@ -993,17 +1175,19 @@ def test_a_report_is_printed_as_a_table_or_in_lines(capsys, monkeypatch):
         " in linen; wrap steps in nnx.jit, not jax.jit, in nnx.",
     ]
     assert lines[2] == (
-        "not checked updated-twice, few-values, bias-before-norm, group-of-one,"
-        " mask-unused: needs the model, and the arguments of its call while training"
+        "not checked modes-differ, updated-twice, few-values, bias-before-norm,"
+        " group-of-one, mask-unused: needs the model, and the arguments of its call while training"
     )
 
 
 BAD = [
     (
-        lambda: tools.doctor(normed()[0], X, variables=normed()[1], rngs={}, mutable=1),
-        "doctor: the arguments must be those of the model's call, and not of its apply."
-        " Got mutable, rngs. Leave them out: the doctor makes collections mutable, and"
-        " random keys.",
+        lambda: tools.doctor(
+            normed()[0], X, variables=normed()[1], capture_intermediates=True
+        ),
+        "doctor: the arguments must be those of the model's call, with rngs, method and"
+        " mutable of its apply. Got capture_intermediates. Leave it out: nothing reads"
+        " what it keeps.",
     ),
     (
         lambda: tools.doctor(normed()[0], X, variables=normed()[1], step=3),

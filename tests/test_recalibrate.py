@@ -764,3 +764,69 @@ def test_entropy_is_that_of_softmax(strict):
             f" axis. Got logits of {bad.dtype}, shape {bad.shape}. Pass what the model"
             " returns before softmax."
         )
+
+
+# What is mapped.
+
+MAPPED = jnp.asarray(X[:12].reshape(4, 3, 2, 3))
+UNMAPPED = (
+    "recalibrate: under vmap a norm must have one set of moments for each of its"
+    " statistics. Got the model itself: {}, and statistics that are not mapped. Pass"
+    ' axis_name="batch" to vmap and to the norm, for the moments of all, and'
+    " out_axes=(0, None), so that statistics are not mapped; or map the variables too,"
+    " for statistics of each."
+)
+
+
+def of_vmap(axis_name, **axes):
+    norm = linen.BatchNorm(use_running_average=False, axis_name=axis_name)
+    apply = functools.partial(norm.apply, mutable=["batch_stats"])
+    return jax.vmap(apply, axis_name=axis_name, **axes)
+
+
+def test_a_vmap_that_maps_the_moments_says_what_to_do():
+    given = linen.BatchNorm(False).init(jax.random.key(0), X)
+    with pytest.raises(ValueError) as error:
+        recalibrate(of_vmap(None, in_axes=(None, 0)), given, [MAPPED])
+    assert str(error.value) == UNMAPPED.format("moments of shape (4, 3)")
+    whole = of_vmap("batch", in_axes=(None, 0), out_axes=(0, None))
+    stats = recalibrate(whole, given, [MAPPED]).variables["batch_stats"]
+    assert_statistics(*stats.values(), MAPPED)
+    stacked = jax.tree.map(lambda a: jnp.stack([a] * 4), given)
+    stats = recalibrate(of_vmap(None), stacked, [MAPPED]).variables["batch_stats"]
+    for i, x in enumerate(MAPPED):
+        assert_statistics(stats["mean"][i], stats["var"][i], x)
+
+
+@pytest.mark.parametrize("over", [jax.vmap, nnx.vmap])
+def test_a_vmap_over_an_nnx_norm_says_what_to_do(over):
+    def call(model, x):
+        if over is jax.vmap:
+            return jax.vmap(model)(x)
+        return nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(model, x)
+
+    with pytest.raises(ValueError) as error:
+        recalibrate(call, nnx.BatchNorm(3, rngs=nnx.Rngs(0)), [MAPPED])
+    assert str(error.value) == UNMAPPED.format("moments that cannot leave it")
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
+@pytest.mark.parametrize("traced", ["batch", "variables"])
+def test_a_sweep_within_a_transform_says_what_to_do(transform, traced):
+    given = linen.BatchNorm(False).init(jax.random.key(0), X)
+    apply = applied(linen.BatchNorm(False))
+
+    def run(a):
+        if traced == "batch":
+            return recalibrate(apply, given, [a]).variables
+        return recalibrate(apply, {**given, "batch_stats": a}, [X]).variables
+
+    stacked = jax.tree.map(lambda a: jnp.stack([a] * 4), given["batch_stats"])
+    with pytest.raises(TypeError) as error:
+        transform(run)(MAPPED if traced == "batch" else stacked)
+    where = "['batch_stats']['mean']" if traced == "variables" else ""
+    assert str(error.value) == (
+        "recalibrate: what it is given must have values, which it reads. Got a traced"
+        f" array{where}, as within jit, vmap or grad. Call it outside of them; it"
+        " compiles the model itself."
+    )

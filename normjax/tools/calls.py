@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from normjax import _check, _module, _norms
+from normjax import _axes, _check, _module, _norms
 from normjax.tools import models
 from normjax.tools.replace_linen import known
 
@@ -38,6 +39,9 @@ class Call(NamedTuple):
       masked: whether a mask came with it.
       running: whether it normalizes by running statistics, as module and call say.
       updates: whether it updates running statistics.
+      meant: whether the norm itself is set to that, and not by what it is called with,
+        nor by a field that a call of the model may have made so.
+      ghosts: how many samples each of its statistics is of; None for all.
       after: the layer whose bias it takes off with the mean of x: x is what that layer
         returns, which nothing reads but norms that take it off; else None.
     """
@@ -46,6 +50,8 @@ class Call(NamedTuple):
     masked: bool
     running: bool = False
     updates: bool = False
+    meant: bool = False
+    ghosts: int | None = None
     after: tuple[str, ...] | None = None
 
 
@@ -54,14 +60,16 @@ class Watch:
 
     Attributes:
       mode: "batch": batch norms normalize as the model says, but by themselves on each
-        device, and moments are measured; "running": by running statistics, whatever it
-        says; "own": as it says.
+        device, and moments are measured; "resampled": the same, but by the moments of
+        samples that count by ``weights``; "running": by running statistics, whatever
+        the model says; "own": as it says.
       seen: the calls of each norm, by path; those of a loop's body once.
       found: the kind of each norm, and the module bound to no variables; of linen.
+      weights: ``[samples]``, how often each sample counts; None for once.
     """
 
-    def __init__(self, mode: str):
-        self.mode = mode
+    def __init__(self, mode: str, weights: Any = None):
+        self.mode, self.weights = mode, weights
         self.seen: dict[tuple[str, ...], list[Call]] = {}
         self.found: dict[tuple[str, ...], tuple[str, Any]] = {}
         # By id, with the array itself, so that its id is not another's meanwhile.
@@ -135,24 +143,58 @@ def _batch_norm(
     watch: Watch, module: Any, reach: _Variables, x: Any, mask: Any, noted: Call
 ) -> jax.Array:
     """Calls a batch norm in the watch's mode, and stores what was measured."""
+    if watch.mode == "resampled" and not noted.running:
+        names = ("mean", "var")
+        old = [reach.get(name) for name in names]
+        m = _moments_of(module, x, mask, watch.weights)
+        for name, new, a in zip(names, (m.mean, m.var), old, strict=True):
+            reach.put(name, new.reshape(jnp.shape(a)))
+        y = reach.call(x, True)
+        for name, a in zip(names, old, strict=True):
+            reach.put(name, a)
+        return y
     if watch.mode == "batch":
-        axes = _module.flax_axes("BatchNorm", module.axis, x.ndim, "axis")
-        weight = getattr(module, "mask_is_weight", False)
-        where = _module.flax_mask("BatchNorm", mask, x.shape, weight)
-        _, m = _norms.batch_norm(x, feature_axis=axes, where=where)
+        m = _moments_of(module, x, mask)
         for name, value in ((MEAN, m.mean), (VAR, m.var)):
-            old = reach.get(name)
-            reach.put(name, value.reshape(old.shape).astype(old.dtype))
+            place = reach.get(name)
+            reach.put(name, value.reshape(place.shape).astype(place.dtype))
     reach.put(UPDATES, reach.get(UPDATES) + noted.updates)
     return reach.call(x, noted.running or watch.mode == "running")
 
 
-def _noted(module: Any, use_running_average: bool | None, x: Any, mask: Any) -> Call:
+def _moments_of(module: Any, x: jax.Array, mask: Any, weights: Any = None) -> Any:
+    """The moments of a batch norm's input, whose samples count by weights."""
+    axes = _module.flax_axes("BatchNorm", module.axis, x.ndim, "axis")
+    is_weight = getattr(module, "mask_is_weight", False)
+    where = _module.flax_mask("BatchNorm", mask, x.shape, is_weight)
+    # What a sample has made several of has them one after the other.
+    if weights is not None and 0 not in axes and not len(x) % len(weights):
+        each = jnp.repeat(weights, len(x) // len(weights))
+        each = _axes.sharded_like(each.reshape(-1, *[1] * (x.ndim - 1)), x)
+        where = each if where is None else where * each
+    return _norms.batch_norm(x, feature_axis=axes, where=where)[1]
+
+
+def _noted(
+    module: Any,
+    use_running_average: bool | None,
+    x: Any,
+    mask: Any,
+    meant: bool = False,
+) -> Call:
     """The call of a batch norm, by what module and call say."""
     running, updates = use_running_average, not use_running_average
+    meant = meant or getattr(module, "normalize_with", None) is not None
     if hasattr(module, "update_statistics"):
         running, updates = _module.switches(module, use_running_average)
-    return Call(jnp.shape(x), mask is not None, bool(running), bool(updates))
+    return Call(
+        jnp.shape(x),
+        mask is not None,
+        bool(running),
+        bool(updates),
+        meant,
+        getattr(module, "virtual_batch_size", None),
+    )
 
 
 def _layers(library: str) -> tuple:
@@ -233,9 +275,9 @@ def _linen_batch_norm(
 
 
 @contextlib.contextmanager
-def watching_linen(mode: str) -> Iterator[Watch]:
+def watching_linen(mode: str, weights: Any = None) -> Iterator[Watch]:
     """Watches the linen models that are called within it."""
-    watch = Watch(mode)
+    watch = Watch(mode, weights)
     with models.substituted(_linen_swap(watch), first=known):
         yield watch
 
@@ -278,9 +320,9 @@ _watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def watching_nnx(mode: str) -> Iterator[Watch]:
+def watching_nnx(mode: str, weights: Any = None) -> Iterator[Watch]:
     """Watches the models of ``watched`` that are called within it."""
-    watch = Watch(mode)
+    watch = Watch(mode, weights)
     token = _watch.set(watch)
     try:
         yield watch
@@ -371,11 +413,11 @@ def _nnx_batch_norm(
     use_running_average: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    running = use_running_average
-    if running is None:
+    running, meant = use_running_average, use_running_average is None
+    if meant:  # by train() or eval()
         running = module.use_running_average
     x, mask = jnp.asarray(x), kwargs.get("mask")
-    noted = _noted(module, running, x, mask)
+    noted = _noted(module, running, x, mask, meant)
     x = watch.norm(module.doctor_path, "BatchNorm", module, x, noted)
 
     def get(name: str) -> Any:
@@ -414,9 +456,11 @@ class Measured(NamedTuple):
       seen: the calls of each norm, by path.
       found: the kind and the module of each, of linen.
       statistics: the tree of statistics, with what was measured beside them.
-      gap: the largest difference of an output under batch and under running statistics,
-        over that output's spread; None where no output is floating and has the axis of
-        the batch.
+      samples: how many there are in the batch.
+      gaps: the differences of outputs under batch and under running statistics, over
+        the spread of each; of the outputs that are floating and have the axis of the
+        batch.
+      noise: returns how large these are by chance; see `_resampled`.
       finite: whether no output is NaN or infinite, under both. Minus infinity may be
         what a mask makes of logits.
       slopes: the gradient of some sum of all outputs in each parameter, under running
@@ -426,50 +470,51 @@ class Measured(NamedTuple):
     seen: dict[tuple[str, ...], list[Call]]
     found: dict[tuple[str, ...], tuple[str, Any]]
     statistics: Any
-    gap: float | None
+    samples: int
+    gaps: np.ndarray
+    noise: Callable[[], np.ndarray]
     finite: bool
     slopes: Any
 
 
-def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
-    """Calls a model with batch statistics, and with running ones, in one program."""
-    linen = models.system_of("doctor", model) == "linen"
-    params, rest, call = (_linen_parts if linen else _nnx_parts)(model, variables)
+def measure(
+    model: Any, variables: Any, args: tuple, kwargs: dict, mutable: Any = None
+) -> Measured:
+    """Calls a model with batch statistics, and with running ones, in one program.
+
+    ``mutable`` is what a linen model is told of; None: all that its variables have, but
+    for parameters.
+    """
+    if models.system_of("doctor", model) == "linen":
+        params, rest, call = _linen_parts(model, variables, mutable)
+    else:
+        params, rest, call = _nnx_parts(model)
     watches: dict[str, Watch] = {}
 
-    def outputs(mode: str, *parts: Any) -> tuple:
-        y, statistics, watches[mode] = call(mode, *parts)
+    def outputs(mode: str, *parts: Any, weights: Any = None) -> tuple:
+        y, statistics, watches[mode] = call(mode, weights, *parts)
         floats = [jnp.asarray(a) for a in jax.tree.leaves(y)]
         return [a for a in floats if jnp.issubdtype(a.dtype, jnp.inexact)], statistics
 
     def program(params: Any, *others: Any) -> tuple:
         batch, statistics = outputs("batch", params, *others)
         if not batch:
-            return statistics, None, True, None
+            return statistics, [], True, None
         running, pull = jax.vjp(lambda p: outputs("running", p, *others)[0], params)
         # Weights that no symmetry of a model makes cancel.
         weights = [
             jnp.cos(jnp.arange(1.0, y.size + 1)).reshape(y.shape).astype(y.dtype)
             for y in running
         ]
-        gaps = [
-            _gap(b, r)
-            for b, r in zip(batch, running, strict=True)
-            if b.ndim and len(b) and len(b) % samples == 0
-        ]
         finite = [(jnp.isfinite(a) | (a == -jnp.inf)).all() for a in (*batch, *running)]
-        return (
-            statistics,
-            jnp.stack(gaps).max() if gaps else None,
-            jnp.stack(finite).all(),
-            pull(weights)[0],
-        )
+        gaps = _gaps(batch, running, samples)
+        return statistics, gaps, jnp.stack(finite).all(), pull(weights)[0]
 
     lengths = [jnp.shape(a)[0] for a in jax.tree.leaves((args, kwargs)) if jnp.ndim(a)]
     samples = max(1, *lengths[:1])  # the batch of data comes first
     arrays, rebuilt = models.arrays_of((params, rest, args, kwargs))
     run = jax.jit(lambda arrays: program(*rebuilt(arrays))).trace(arrays)
-    statistics, gap, finite, slopes = run.lower().compile()(arrays)
+    statistics, gaps, finite, slopes = run.lower().compile()(arrays)
     batch, last = watches["batch"], [*watches.values()][-1]
     if set(batch.seen) != set(last.seen):
         raise _check.error(
@@ -484,14 +529,63 @@ def measure(model: Any, variables: Any, args: tuple, kwargs: dict) -> Measured:
         for i, c in enumerate(found):
             if c.after is not None and "/".join(c.after) in otherwise:
                 found[i] = c._replace(after=None)
+
+    def resampled(arrays: list, weights: jax.Array) -> list[jax.Array]:
+        return outputs("resampled", *rebuilt(arrays), weights=weights)[0]
+
+    each = [c.ghosts for found in batch.seen.values() for c in found if c.ghosts]
+    noise = functools.partial(_resampled, resampled, arrays, samples, [*each, samples])
     return Measured(
         batch.seen,
         batch.found,
         statistics,
-        None if gap is None else float(gap),
+        samples,
+        np.asarray(gaps, np.float64),
+        noise,
         bool(finite),
         slopes,
     )
+
+
+RESAMPLES = 16
+
+
+def _resampled(
+    outputs: Callable, arrays: list, samples: int, sizes: list[int]
+) -> np.ndarray:
+    """How far outputs are off by chance under the statistics of a batch.
+
+    By draws of m of its n samples: with n/m = n/size + 1, statistics of a draw are as
+    far from those of the batch as those of ``size`` samples are from those of all data.
+
+    Args:
+      outputs: takes the arrays and how often each sample counts.
+      arrays: of the call.
+      samples: how many there are.
+      sizes: of how many samples statistics are; the least one counts.
+
+    Returns:
+      The median over the draws of the gap of each output.
+    """
+    program = jax.jit(outputs)
+    whole = program(arrays, jnp.ones(samples))
+    size = min(sizes)
+    drawn = np.arange(samples) < max(1, samples * size // (samples + size))
+    rng = np.random.default_rng(0)
+    gaps = [
+        _gaps(whole, program(arrays, jnp.float32(rng.permutation(drawn))), samples)
+        for _ in range(RESAMPLES)
+    ]
+    return np.median(np.asarray(jax.device_get(gaps), np.float64), 0)
+
+
+def _gaps(batch: list, running: list, samples: int) -> list[jax.Array]:
+    """The gaps of those outputs that have the axis of the batch."""
+    return [
+        _gap(b, r)
+        for b, r in zip(batch, running, strict=True)
+        if b.ndim and len(b) and len(b) % samples == 0
+    ]
 
 
 def _gap(batch: jax.Array, running: jax.Array) -> jax.Array:
@@ -504,20 +598,31 @@ def _gap(batch: jax.Array, running: jax.Array) -> jax.Array:
     return jnp.sqrt(off / of).astype(jnp.float32)
 
 
-def _linen_parts(model: Any, variables: Any) -> tuple[Any, Any, Callable]:
+def _anew(tree: Any) -> Any:
+    """A tree whose variables of nnx may change at the level of tracing that is here."""
+    return jax.tree.map(lambda a: a, tree)
+
+
+def _linen_parts(model: Any, variables: Any, mutable: Any) -> tuple[Any, Any, Callable]:
     from flax.core import DenyList
 
     rest = dict(variables)
     params = rest.pop("params", {})
+    told = ["batch_stats", *rest] if mutable is None else mutable
 
-    def call(mode, params, rest, args, kwargs):
+    def call(mode, weights, params, rest, args, kwargs):
         rest = {**rest, "batch_stats": with_places(rest.get("batch_stats", {}))}
+        args, kwargs = _anew((args, kwargs))
+        rngs = kwargs.pop("rngs", {})
+        if not isinstance(rngs, Mapping):  # one key, as apply takes it
+            rngs = {"params": rngs}
         # Any name of a stream falls back on that of params.
-        with watching_linen(mode) as watch:
+        rngs = {"params": jax.random.key(0), **rngs}
+        with watching_linen(mode, weights) as watch, models.told_mutable(told):
             y, updated = model.apply(
                 {"params": params, **rest},
                 *args,
-                rngs={"params": jax.random.key(0)},
+                rngs=rngs,
                 mutable=DenyList("params"),
                 **kwargs,
             )
@@ -526,18 +631,17 @@ def _linen_parts(model: Any, variables: Any) -> tuple[Any, Any, Callable]:
     return params, rest, call
 
 
-def _nnx_parts(model: Any, variables: None) -> tuple[Any, Any, Callable]:
+def _nnx_parts(model: Any) -> tuple[Any, Any, Callable]:
     from flax import nnx
 
     of: Any = nnx.split(watched(model), nnx.Param, ...)
     graph, params, rest = of
 
-    def call(mode, params, rest, args, kwargs):
-        # Variables made anew, which may change at the level of tracing that is here.
-        params, rest = (jax.tree.map(lambda a: a, state) for state in (params, rest))
+    def call(mode, weights, params, rest, args, kwargs):
+        params, rest, args, kwargs = _anew((params, rest, args, kwargs))
         merged = nnx.merge(graph, params, rest)
         _renumber(merged)
-        with watching_nnx(mode) as watch:
+        with watching_nnx(mode, weights) as watch:
             y = merged(*args, **kwargs)
         return y, nnx.state(merged, nnx.BatchStat), watch
 

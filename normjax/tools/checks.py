@@ -16,8 +16,10 @@ from normjax.tools import models, replicas
 # Where a figure becomes a finding. Those of no bound of their own are conventions.
 START_LEFT = 0.05  # part of their start, 0 and 1, that is left in the statistics
 VALUES = 16  # of one statistic: the mean of fewer is off by a quarter deviation
-GAP = 0.5  # of an output's spread: outputs under batch and running statistics
-NOISE = 3.0  # by chance no statistics of n samples are so many times 1 / sqrt(n) off
+GAP = 0.35  # of an output's spread: outputs under batch and running statistics
+OFF = 3.0  # by chance no statistics of n samples are so many times 1 / sqrt(n) off
+NOISE = 2.5  # times that of a draw of the batch's samples: a gap that is not by chance
+MOVED = 0.1  # of the way from their start to the batch's: statistics that hardly moved
 NEAR_ZERO = 0.01  # of epsilon: a channel whose output is its bias, but for a tenth
 HUGE = 1e8  # of a variance: values of ten thousands
 PROBES = 1024  # updates of an optimizer: those that accumulate or warm up come to act
@@ -62,6 +64,7 @@ class Patient:
       module: its fields; None where there is but a tree.
       values: its mean, var, count, scale and bias, those it has.
       calls: how a call of the model called it.
+      stepped: how a step did.
       batch: the mean and var of the batch in that call.
       updates: of its statistics in a step, or else in a call; None where unknown.
       after_step: "left", if a step called it to be updated and left its statistics,
@@ -74,6 +77,7 @@ class Patient:
     module: Any
     values: dict[str, np.ndarray]
     calls: list[Any] = dataclasses.field(default_factory=list)
+    stepped: list[Any] = dataclasses.field(default_factory=list)
     batch: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     updates: int | None = None
     after_step: str | None = None
@@ -111,8 +115,10 @@ class Case:
       momentum: of all batch norms of a tree.
       stacked: whether arrays have the replicas first.
       called: whether the model was called.
-      gap: between outputs under batch and under running statistics, over their spread;
-        None where no output is floating and has the axis of the batch.
+      samples: how many there are in the batch.
+      gaps: between outputs under batch and under running statistics, over their spread;
+        none where no output is floating and has the axis of the batch.
+      noise: returns how large these are by chance.
       differentiated: whether gradients are known, of outputs that are floating.
       finite: whether outputs are, or minus infinity.
       padding: "samples" or "positions", to how many are padding and the axes they are
@@ -128,7 +134,9 @@ class Case:
     momentum: float | None = None
     stacked: bool = False
     called: bool = False
-    gap: float | None = None
+    samples: int = 0
+    gaps: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    noise: Callable[[], np.ndarray] | None = None
     differentiated: bool = False
     finite: bool = True
     padding: dict[str, tuple] = dataclasses.field(default_factory=dict)
@@ -146,7 +154,7 @@ class Case:
             "nothing": True,
             "statistics": statistics,
             "call": self.called,
-            "outputs": self.gap is not None,
+            "outputs": self.gaps.size > 0,
             "gradients": self.differentiated,
             "updates": self.called or any(n.updates is not None for n in self.norms),
             "optimizer": self.optimizer is not None and self.params is not None,
@@ -254,6 +262,12 @@ _RETURN = {
     "linen": 'Return updates["batch_stats"] from the step, and pass them to the next',
     "nnx": "Wrap the step in nnx.jit, not in jax.jit",
 }
+# One batch that is not finite ruins a channel for good, whatever comes after it.
+_MEND = (
+    "Recompute the statistics with tools.recalibrate, or set mean to 0 and var to 1 in"
+    " these channels and train on; skip_nonfinite=True, of normjax's BatchNorm and of"
+    " RunningMoments.update, leaves such updates out"
+)
 _DEBUG = 'jax.config.update("jax_debug_nans", True) names the operation it comes from'
 
 
@@ -275,9 +289,40 @@ def _trained(norm: Patient) -> bool:
     return moved or (bias is not None and bool(np.any(bias)))
 
 
+@_check_for("modes-differ", "updates")
+def _modes(case: Case) -> Iterator[Finding | str]:
+    infer = _left_out(case)
+    if infer:
+        of = sum(n.kind == "BatchNorm" for n in case.norms)
+        yield Finding(
+            "modes-differ",
+            infer[0],
+            f"some norms infer while others train, {len(infer)} of {of}:"
+            f" {', '.join(infer[:5])}" + ", ..." * (len(infer) > 5),
+            "Pass the flag that says whether to train on to them; where they are meant"
+            " to stay as they are, tools.freeze says so",
+            "warning",
+        )
+
+
+def _left_out(case: Case) -> list[str]:
+    """The batch norms that a call has infer, while it has others train."""
+    calls = {n.path: n.calls or n.stepped for n in case.norms if n.kind == "BatchNorm"}
+    if not any(call.updates for of in calls.values() for call in of):
+        return []
+    return [
+        path
+        for path, of in calls.items()
+        if of and all(c.running and not c.updates and not c.meant for c in of)
+    ]
+
+
 @_check_for("never-updated", "statistics")
 def _never_updated(case: Case) -> Iterator[Finding | str]:
+    others = _left_out(case)  # of which it is said why
     for norm in case.running:
+        if norm.path in others:
+            continue
         if _at_start(norm) and case.steps != 0 and not _dropped(norm, case.steps):
             yield Finding(
                 "never-updated",
@@ -374,7 +419,9 @@ def _not_finite(case: Case) -> Iterator[Finding | str]:
                 "not-finite",
                 norm.path,
                 f"{name} is NaN or infinite in {_channels(bad)}",
-                f"Go back to a checkpoint before it; {_DEBUG}",
+                _MEND
+                if name in ("mean", "var")
+                else f"Go back to a checkpoint before it; {_DEBUG}",
                 "error",
             )
     if clean and not case.finite:
@@ -426,20 +473,55 @@ def _dead_channels(case: Case) -> Iterator[Finding | str]:
     if case.steps == 0:
         yield _NEW
         return
+    early = {n.path for n in case.running if _hardly_moved(n)}
+    waiting = []
     for norm in case.norms:
-        if _all_finite(norm.batch) and not norm.frozen:
-            mean, var = norm.batch["mean"], norm.batch["var"]
-            # What the rounding of a mean makes of values that are all the same.
-            constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2
-            if constant.any() and _each(norm, constant) >= VALUES:
-                what = f"x is constant over the batch in {_channels(constant)}"
-                yield _no_life(norm, what)
-        if norm.slopes:
-            dead = np.all([a == 0 for a in norm.slopes.values()], axis=0)
-            # Of none: what comes after it has no gradient, by design or as a whole.
-            if dead.any() and not dead.all() and _each(norm, dead) >= VALUES:
-                what = f"no gradient of an output reaches {_channels(dead)}"
-                yield _no_life(norm, what)
+        # A norm without statistics is behind, or before, one that has some.
+        waits = norm.path in early or ("mean" not in norm.values and bool(early))
+        found = [f"{what} {_channels(of)}" for what, of in _without_life(norm)]
+        if found and waits:
+            waiting.append(norm.path)
+        else:
+            yield from (_no_life(norm, what) for what in found)
+    if waiting:
+        yield (
+            "running statistics have hardly moved from their start, 0 and 1, so that it"
+            f" is not known of {', '.join(waiting)}"
+        )
+
+
+def _without_life(norm: Patient) -> Iterator[tuple[str, np.ndarray]]:
+    """What is the matter with channels, and which they are."""
+    if _all_finite(norm.batch) and not norm.frozen:
+        mean, var = norm.batch["mean"], norm.batch["var"]
+        # What the rounding of a mean makes of values that are all the same.
+        constant = var <= (np.finfo(np.float32).eps * np.abs(mean)) ** 2
+        if constant.any() and _each(norm, constant) >= VALUES:
+            yield "x is constant over the batch in", constant
+    if norm.slopes:
+        dead = np.all([a == 0 for a in norm.slopes.values()], axis=0)
+        # Of none: what comes after it has no gradient, by design or as a whole.
+        if dead.any() and not dead.all() and _each(norm, dead) >= VALUES:
+            yield "no gradient of an output reaches", dead
+
+
+def _hardly_moved(norm: Patient) -> bool:
+    """Whether running statistics are near their start, 0 and 1, and a batch's are not.
+
+    They lag then, and what a model makes of them is not what it was trained for.
+    """
+    if not _all_finite(norm.batch) or norm.frozen:
+        return False
+    if "count" in norm.values:  # nothing is left of the start
+        return not norm.values["count"].any()
+    epsilon = _field(norm, "epsilon", 1e-5)
+
+    def from_start(of: dict[str, np.ndarray]) -> float:
+        mean, var = np.abs(of["mean"]), _wide(of["var"])
+        spread = norm.batch["var"] + epsilon
+        return float((mean**2 / spread).mean() + (((var - 1) / spread) ** 2).mean())
+
+    return from_start(norm.values) < MOVED**2 * from_start(norm.batch)
 
 
 def _each(norm: Patient, channels: np.ndarray) -> int:
@@ -463,38 +545,42 @@ def _train_eval(case: Case) -> Iterator[Finding | str]:
     if case.steps == 0:
         yield _NEW
         return
-    gap = case.gap
-    off = {
-        n.path: _off(n)
-        for n in case.running
-        if _all_finite(n.batch) and not n.frozen and max(_off(n)) > _noise(n)
-    }
-    if not off or gap is None or not gap > GAP:
+    norms = [n for n in case.running if _all_finite(n.batch) and not n.frozen]
+    off = {n.path: _off(n) for n in norms}
+    if not norms or not (case.gaps > GAP).any():
+        return
+    # By how much of one norm, or else of the outputs, in which the little of each norm
+    # adds up: neither is by chance.
+    is_off = any(max(off[n.path]) > OFF / math.sqrt(_samples(n)) for n in norms)
+    noise = np.full(case.gaps.shape, np.inf)
+    if case.samples > 1 and case.noise is not None:
+        noise = case.noise()
+    gaps = np.where(is_off | (case.gaps > NOISE * noise), case.gaps, 0)
+    most = int(gaps.argmax())
+    if not gaps[most] > GAP:
         return
     worst = max(off, key=lambda path: sum(off[path]))
     mean, ratio = off[worst]
+    by_chance = f" (of {case.samples} samples by chance {noise[most]:.0%})"
     yield Finding(
         "train-eval-gap",
         worst,
-        f"outputs under batch and under running statistics differ by {gap:.0%} of their"
-        f" spread; most at this norm: means by {mean:.2g} deviations, deviations by a"
-        f" factor of {math.exp(ratio):.2g}",
+        f"outputs under batch and under running statistics differ by {gaps[most]:.0%}"
+        f" of their spread{by_chance if case.samples > 1 else ''}; most at this norm:"
+        f" means by {mean:.2g} deviations, deviations by a factor of"
+        f" {math.exp(ratio):.2g}",
         "Recompute the running statistics with tools.recalibrate, over training data;"
         " for data of another kind, over those",
         "warning",
     )
 
 
-def _noise(norm: Patient) -> float:
-    """How far statistics of a batch are off by chance; in units of `_off`.
-
-    The values of one sample are alike, and count as one.
-    """
-    samples = max(
+def _samples(norm: Patient) -> int:
+    """Of how many samples statistics are; the values of one are alike."""
+    return max(
         call.shape[0] if 0 in reduced(norm, call.shape) else _values(norm, call.shape)
         for call in norm.calls
     )
-    return NOISE / math.sqrt(samples)
 
 
 def _off(norm: Patient) -> tuple[float, float]:

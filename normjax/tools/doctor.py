@@ -136,7 +136,9 @@ def doctor(
         first axis, as ``pmap`` returns them.
       kinds: which norms classes of your own are, as of `find_norms`. Such a batch norm
         is taken to compute what normjax's computes, with the fields that it has.
-      **kwargs: arguments of the model's call, by name.
+      **kwargs: arguments of the model's call, by name; for linen also ``rngs``,
+        ``method`` and ``mutable``, as its apply has them while training. What the model
+        asks is mutable is that alone; without it, all its variables but ``params``.
 
     Returns:
       The report: findings, each with a name, the path, the facts and what to type.
@@ -170,6 +172,7 @@ def doctor(
             f"{type(step).__name__}",
             "Pass an argument of the model's that has this name by its place",
         )
+    models.check_concrete("doctor", (args, kwargs, variables))
     given = {"momentum": momentum, "steps": steps, "optimizer": optimizer}
     if _is_module(model):
         if models.system_of("doctor", model) == "nnx":
@@ -208,9 +211,6 @@ def _refused(rule: str, got: str, todo: str) -> Exception:
     return _check.error(TypeError, "doctor", rule, got, todo)
 
 
-_OF_APPLY = {"rngs", "mutable", "method", "capture_intermediates"}
-
-
 def _of_model(
     model: Any,
     args: tuple,
@@ -233,11 +233,16 @@ def _of_model(
             f"a model of {system}, variables of {type(variables).__name__}",
             "Pass variables=model.init(...), trained, or leave them out for nnx",
         )
-    if system == "linen" and (names := sorted(_OF_APPLY & set(kwargs))):
+    mutable = None
+    if system == "linen":
+        kwargs = dict(kwargs)
+        mutable = kwargs.pop("mutable", None)
+    if system == "linen" and "capture_intermediates" in kwargs:
         raise _refused(
-            "the arguments must be those of the model's call, and not of its apply",
-            f"{', '.join(names)}",
-            "Leave them out: the doctor makes collections mutable, and random keys",
+            "the arguments must be those of the model's call, with rngs, method and"
+            " mutable of its apply",
+            "capture_intermediates",
+            "Leave it out: nothing reads what it keeps",
         )
     if system == "linen" and not (args or kwargs):
         raise _refused(
@@ -255,7 +260,7 @@ def _of_model(
     _check_shapes(stored)
     measured, found = None, {}
     if args or kwargs:
-        measured = calls.measure(model, variables, args, kwargs)
+        measured = calls.measure(model, variables, args, kwargs, mutable)
         found = measured.found
     if system == "nnx":
         found = {n.path: (n.kind, n.module) for n in models.find_norms(model)}
@@ -333,7 +338,9 @@ def _enter(case: Case, measured: calls.Measured) -> None:
     """Enters what was seen and measured in a call."""
     statistics = models.flat(measured.statistics)
     slopes = models.flat(measured.slopes)
-    case.called, case.gap, case.finite = True, measured.gap, measured.finite
+    case.called, case.finite = True, measured.finite
+    case.samples, case.gaps = measured.samples, measured.gaps
+    case.noise = measured.noise
     case.differentiated = measured.slopes is not None
     for norm in case.norms:
         if norm.place not in measured.seen:
@@ -355,6 +362,7 @@ def _step(case: Case, step: Callable, model: Any, variables: Any) -> None:
         old, new = (_of_path(a, path, ("mean", "var")) for a in (before, after))
         if path not in seen or len(new) < 2:
             continue
+        norm.stepped = seen[path]
         tried = any(call.updates for call in seen[path])
         if all(np.array_equal(old[k], new[k], equal_nan=True) for k in old):
             norm.after_step = "left" if tried else "same"

@@ -28,6 +28,7 @@ from normjax.tools.fold_plan import (
 from normjax.tools.models import (
     abstract_init,
     arrays_of,
+    check_concrete,
     is_array,
     kind_of,
     nnx_replaced,
@@ -164,6 +165,7 @@ def fold(
       (['params'], {'layers_1': ('layers_0',)})
     """
     linen = system_of("fold", model) == "linen"
+    check_concrete("fold", (inputs, kwargs))
     if linen:
         mutable = kwargs.pop("mutable", False)
         variables, inputs = _checked_variables(model, inputs, kwargs), inputs[1:]

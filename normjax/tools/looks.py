@@ -17,6 +17,7 @@ from normjax import _check, _module, _moments
 from normjax._moments import Moments
 from normjax.tools.kinds import registered_kinds, takes_kinds
 from normjax.tools.models import (
+    check_concrete,
     flat,
     kind_of,
     nnx_modules,
@@ -253,6 +254,7 @@ def look(
       >>> [(seen.name, seen.values) for seen in tools.look(model, variables, x)]
       [('layers_1', 4.0)]
     """
+    check_concrete("look", (args, kwargs))
     if system_of("look", model) == "linen":
         mutable = kwargs.pop("mutable", False)  # what it returns changed is not used
         seen = _compiled(model, _Mutable(mutable), args, kwargs)

@@ -194,6 +194,20 @@ def check_called(
         )
 
 
+def is_mapped(name: str, path: Path, got: str) -> Exception:
+    """The error for a norm with moments of its own for each place of a vmap."""
+    where = "/".join(map(str, path)) or "the model itself"
+    return _check.error(
+        ValueError,
+        name,
+        "under vmap a norm must have one set of moments for each of its statistics",
+        f"{where}: {got}, and statistics that are not mapped",
+        'Pass axis_name="batch" to vmap and to the norm, for the moments of all, and'
+        " out_axes=(0, None), so that statistics are not mapped; or map the variables"
+        " too, for statistics of each",
+    )
+
+
 def fields_of(
     name: str, path: Path, module: Any, names: Any, normalize_with: str
 ) -> dict[str, Any]:

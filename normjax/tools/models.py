@@ -429,6 +429,20 @@ def substituted(
         _substitutions.reset(token)
 
 
+def check_concrete(name: str, tree: Any) -> None:
+    """Refuses what is traced: a tool reads values, and compiles what it needs."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not _check.is_concrete(leaf):
+            raise _check.error(
+                TypeError,
+                name,
+                "what it is given must have values, which it reads",
+                f"a traced array{jax.tree_util.keystr(keys)}, as within jit, vmap or"
+                " grad",
+                "Call it outside of them; it compiles the model itself",
+            )
+
+
 @contextlib.contextmanager
 def told_mutable(mutable: Any) -> Iterator[None]:
     """Within it, linen modules that ask what is mutable hear of ``mutable`` alone.

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from normjax import _check, _module, _moments
 from normjax.tools.kinds import takes_kinds
 from normjax.tools.looks import aligned
-from normjax.tools.merging import Merged, Path, Sweep
+from normjax.tools.merging import Merged, Path, Sweep, is_mapped
+from normjax.tools.models import check_concrete, variables_of
 
 _NAME = "recalibrate"
 _sweeps = itertools.count(1)
@@ -142,9 +143,10 @@ def recalibrate(
     Raises:
       TypeError: if apply does not return updates, is compiled for its arguments
         already, or calls a subclass of batch norm with a call of its own; or variables
-        or batches are none.
+        or batches are none, or traced.
       ValueError: if there are no running statistics, no batches, or nothing in them
-        counts; a norm is not called, or sees values that are not finite.
+        counts; a norm is not called, sees values that are not finite, or is mapped by
+        ``vmap`` where its statistics are not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,6 +166,7 @@ def recalibrate(
       Array([8.7], dtype=float32)
     """
     _check_arguments(apply, batches, prior, normalize_with)
+    check_concrete(_NAME, variables_of(variables))
     sweep = _sweep_of(apply, variables, normalize_with)
     if prior or normalize_with == "running":
         _check_old(sweep)
@@ -288,6 +291,7 @@ def _swept(sweep: Sweep, batches: Iterable, progress: bool) -> dict[Path, Merged
 
 def _check_batch(batch: Any, number: int) -> None:
     """Refuses a batch with what no compiled program takes."""
+    check_concrete(_NAME, batch)
     for path, a in jax.tree_util.tree_leaves_with_path(batch):
         try:
             jax.typeof(a)
@@ -308,6 +312,9 @@ def _program(sweep: Sweep, shardings: Any = None) -> Callable:
 
     def step(merged: Any, rest: Any, fixed: Any, batch: Any) -> tuple:
         merged, rest = sweep.step(merged, rest, fixed, batch)
+        for path, m in sweep.by_path(merged).items():
+            if m.mean.shape != jnp.shape(sweep.old[path].mean):
+                raise is_mapped(_NAME, path, f"moments of shape {m.mean.shape}")
         finite = [
             jnp.isfinite(m.mean + m.var + m.count).all()
             for m in sweep.by_path(merged).values()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import errors
 from flax import nnx as flax_nnx
 
 from normjax import _check, _module, nnx
@@ -15,6 +16,7 @@ from normjax.tools.merging import (
     Sweep,
     check_called,
     fields_of,
+    is_mapped,
     values_per_sample,
 )
 from normjax.tools.models import Norm, kind_of, nnx_modules, nnx_replaced
@@ -105,7 +107,16 @@ def sweep_of(call: Callable, model: Any, normalize_with: str, number: int) -> Sw
 
     def step(merged: Any, random: Any, fixed: Any, batch: Any) -> tuple[Any, Any]:
         model = flax_nnx.merge(graph, merged, random, fixed)
-        call(model, batch)
+        try:
+            call(model, batch)
+        except (ValueError, errors.TraceContextError) as wrong:
+            # Of Flax, where what a norm merges cannot leave a transform.
+            if not any(
+                word in str(wrong) for word in (MergedStat.__name__, "'merged'")
+            ):
+                raise
+            path = list(called)[-1] if called else ()
+            raise is_mapped(NAME, path, "moments that cannot leave it") from wrong
         check_called(NAME, old, called)
         changed: Any = flax_nnx.state(model, MergedStat, random_state)
         return changed
