@@ -683,6 +683,290 @@ def test_names_by_a_function_and_by_the_longest_prefix():
     }
 
 
+# Attention, whose kernels have an axis of heads.
+
+HEADS = 2
+TOKENS = np.sin(np.arange(2 * 5 * 8.0, dtype=np.float32)).reshape(2, 5, 8)
+
+
+@functools.cache
+def attention(bias=True, fields=()):
+    """Flax's attention, its variables and output."""
+    layer = nn.MultiHeadDotProductAttention(HEADS, use_bias=bias, **dict(fields))
+    variables = random(jax.eval_shape(layer.init, jax.random.key(0), TOKENS))
+    return variables, np.asarray(layer.apply(variables, TOKENS))
+
+
+def packed(weights):
+    """The weights as torch's attention has them, q, k and v in one array."""
+    out = {
+        f"out_proj.{leaf}": weights[f"out.{leaf}"]
+        for leaf in ("weight", "bias")
+        if f"out.{leaf}" in weights
+    }
+    for leaf in ("weight", "bias"):
+        if f"query.{leaf}" in weights:
+            of = [weights[f"{name}.{leaf}"] for name in ("query", "key", "value")]
+            out[f"in_proj_{leaf}"] = np.concatenate(of)
+    return out
+
+
+@needs("torch")
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_of_torch_converts(bias):
+    """By its names alone, without biases too, and bit for bit."""
+    import torch
+
+    variables, want = attention(bias)
+    weights = tools.to_torch(variables)
+    assert {a.shape for k, a in weights.items() if "weight" in k} == {(8, 8)}
+    assert {a.shape for k, a in weights.items() if "bias" in k} <= {(8,)}
+    theirs = torch.nn.MultiheadAttention(8, HEADS, bias=bias, batch_first=True)
+    state = {k: torch.from_numpy(a) for k, a in packed(weights).items()}
+    theirs.load_state_dict(state)
+    x = torch.from_numpy(TOKENS)
+    with torch.no_grad():
+        y = theirs.eval()(x, x, x)[0].numpy()
+    assert_equal_outputs(y, want)
+    assert_same_bits(tools.from_torch(weights, variables), variables)
+
+
+@needs("keras")
+def test_attention_of_keras_converts():
+    """Which has the axes of heads itself, and a name of its own for the last layer."""
+    import keras
+
+    variables, want = attention()
+    i = keras.Input((5, 8))
+    mha = keras.layers.MultiHeadAttention(HEADS, 4, name="mha")
+    model = keras.Model(i, mha(i, i))
+    names = tools.keras_names(model)
+    names["mha/out"] = names.pop("mha/attention_output")
+    inner = {c: {"mha": v} for c, v in variables.items()}
+    weights = tools.to_keras(inner, names=names)
+    for name in ("query", "key", "value", "output"):
+        layer = getattr(mha, f"{name}_dense")
+        path = names[f"mha/{'out' if name == 'output' else name}"]
+        layer.set_weights([weights[f"{path}/vars/{n}"] for n in range(2)])
+    assert_equal_outputs(model(TOKENS), want)
+    assert_same_bits(tools.from_keras(weights, inner, names=names), inner)
+
+
+@needs("equinox")
+def test_attention_of_equinox_converts():
+    import equinox as eqx
+
+    variables, want = attention()
+    use = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
+    theirs = eqx.nn.MultiheadAttention(HEADS, 8, key=jax.random.key(0), **use)
+    names = {n: f"{n}_proj" for n in ("query", "key", "value")} | {"out": "output_proj"}
+    filled, _ = tools.to_equinox(variables, (theirs, None), names=names)
+    assert_equal_outputs(jax.vmap(lambda x: filled(x, x, x))(TOKENS), want)
+    back = tools.from_equinox((filled, None), variables, names=names)
+    assert_same_bits(back, variables)
+
+
+@needs("haiku")
+def test_attention_of_haiku_converts():
+    import haiku as hk
+
+    variables, want = attention()
+
+    def call(x):
+        init = hk.initializers.Constant(0)
+        return hk.MultiHeadAttention(HEADS, 4, w_init=init, name="mha")(x, x, x)
+
+    f = hk.without_apply_rng(hk.transform(call))
+    like = f.init(jax.random.key(0), TOKENS), {}
+    names = {n: f"mha/~_linear_projection/{n}" for n in ("query", "key", "value")}
+    names["out"] = "mha/linear"
+    if "mha/~_linear_projection/query" not in like[0]:
+        names = {n: f"mha/{n}" for n in ("query", "key", "value")} | {
+            "out": "mha/linear"
+        }
+    params, _ = tools.to_haiku(variables, like, names=names)
+    assert_equal_outputs(f.apply(params, TOKENS), want)
+    assert_same_bits(tools.from_haiku((params, {}), variables, names=names), variables)
+
+
+def test_kernels_of_heads_are_known_by_bias_by_names_or_by_layouts():
+    """And by nothing else: the same shape may be a convolution's."""
+
+    def shapes(layouts=None, **modules):
+        variables = {
+            "params": {
+                module: {
+                    k: jnp.arange(float(np.prod(s))).reshape(s) for k, s in of.items()
+                }
+                for module, of in modules.items()
+            }
+        }
+        weights = tools.to_torch(variables, layouts=layouts)
+        back = tools.from_torch(weights, variables, layouts=layouts)
+        assert_same_bits(back, variables)
+        return {k: a.shape for k, a in weights.items()}
+
+    to, of = {"kernel": (6, 2, 3)}, {"kernel": (2, 3, 5)}
+    assert shapes(proj={**to, "bias": (2, 3)}) == {
+        "proj.weight": (6, 6),
+        "proj.bias": (6,),
+    }
+    assert shapes(proj=to) == {"proj.weight": (3, 2, 6)}  # of a convolution
+    assert shapes({"proj": "dense_to_heads"}, proj=to) == {"proj.weight": (6, 6)}
+    assert shapes({"proj": "dense_from_heads"}, proj=of) == {"proj.weight": (5, 6)}
+    assert shapes(query=to, key=to, value=to, out=of)["out.weight"] == (5, 6)
+    assert shapes({"out": "conv"}, query=to, key=to, value=to, out=of) == {
+        **dict.fromkeys(("query.weight", "key.weight", "value.weight"), (6, 6)),
+        "out.weight": (5, 3, 2),
+    }
+    assert shapes(query=to, key=to, value=to)["query.weight"] == (3, 2, 6)
+    many = {"kernel": (4, 2, 3, 2, 5), "bias": (2, 5)}
+    assert shapes(many=many)["many.weight"] == (10, 24)
+    for layout in ("dense_from_heads", "depthwise", "heads"):
+        with pytest.raises(ValueError) as error:
+            shapes({"proj": layout}, proj={**to, "bias": (2, 3)})
+        assert str(error.value) == (
+            f"to_torch: {LAYOUTS}. Got {{'proj': {layout!r}}}; such modules are 'proj'."
+            f" {LAYOUTS_ARE}"
+        )
+
+
+def test_models_of_nnx_with_attention_convert():
+    nnx = pytest.importorskip("flax.nnx", exc_type=Exception)
+    model = nnx.MultiHeadAttention(HEADS, 8, decode=False, rngs=nnx.Rngs(0))
+    variables, want = attention()
+    weights = tools.to_torch(variables)
+    nnx.update(model, tools.from_torch(weights, nnx.state(model, nnx.Param)))
+    assert_equal_outputs(model(TOKENS), want)
+
+
+# Names of other days.
+
+
+def test_gamma_and_beta_of_old_checkpoints_are_scale_and_bias():
+    renamed = {"bn.weight": "bn.gamma", "bn.bias": "bn.beta"}
+    old = {renamed.get(k, k): a for k, a in WEIGHTS.items()}
+    assert_same_bits(tools.from_torch(old, LIKE), tools.from_torch(WEIGHTS, LIKE))
+    assert set(tools.to_torch(LIKE, like=old)) == {k for k in old if "tracked" not in k}
+    names = {"bn/scale": "g", "bn": "bn"}
+    named = {"g" if k == "bn.gamma" else k: a for k, a in old.items()}
+    ours = tools.from_torch(named, LIKE, names=names)
+    assert_same_bits(ours, tools.from_torch(WEIGHTS, LIKE))
+
+
+def test_a_gamma_that_is_no_norms_keeps_its_name():
+    """Of a scale of layers, and of a model in which both are."""
+    variables = {
+        "params": {"layer": {"gamma": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)}}
+    }
+    weights = {"layer.gamma": np.zeros(3), "norm.gamma": np.full(3, 2.0)}
+    ours = tools.from_torch(weights, variables)["params"]
+    assert (ours["layer"]["gamma"] == 0).all() and (ours["norm"]["scale"] == 2).all()
+    dense = {"params": {"fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}}
+    with pytest.raises(ValueError, match=r"'params/fc/bias -> fc\.bias'.*'fc\.beta'"):
+        tools.from_torch({"fc.weight": np.ones((2, 2)), "fc.beta": np.ones(2)}, dense)
+
+
+# Names of Keras.
+
+
+def keras_model(named=True):
+    """Layers in lists, in models within, shared, and without weights."""
+    import keras
+
+    layers = keras.layers
+
+    class Part(keras.Model):
+        def __init__(self):
+            super().__init__(name="part")
+            self.stem = layers.Dense(4, name="stem")
+            self.parts = [layers.Dense(4, name="last"), layers.LayerNormalization()]
+
+        def call(self, x):
+            for layer in (self.stem, *self.parts):
+                x = layer(x)
+            return x
+
+    x = i = keras.Input((3,))
+    shared = layers.Dense(4, name="shared")
+    bn = layers.BatchNormalization(name="bn" if named else "shared2")
+    inner = keras.Sequential([layers.Dense(4, name="fc"), bn], name="block")
+    x = shared(layers.ReLU()(shared(layers.Dense(4, name="first")(x))))
+    return keras.Model(i, Part()(inner(x)))
+
+
+@needs("keras")
+@needs("h5py")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_keras_names_are_those_that_the_file_has(tmp_path):
+    model = keras_model()
+    names = tools.keras_names(model)
+    norm = next(k for k in names if "layer_normalization" in k)
+    assert names == {
+        "first": "layers/dense",
+        "shared": "layers/dense_1",
+        "block/fc": "layers/sequential/layers/dense",
+        "block/bn": "layers/sequential/layers/batch_normalization",
+        "part/stem": "layers/part/layers/dense",
+        "part/last": "layers/part/layers/dense_1",
+        norm: "layers/part/layers/layer_normalization",
+    }
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    weights = tools.read_weights(path)
+
+    def layer(inputs):
+        return {"kernel": jnp.zeros((inputs, 4)), "bias": jnp.zeros(4)}
+
+    vector = {"scale": jnp.zeros(4), "bias": jnp.zeros(4)}
+    variables = {
+        "params": {
+            "first": layer(3),
+            "shared": layer(4),
+            "block": {"fc": layer(4), "bn": vector},
+            "part": {"stem": layer(4), "last": layer(4), norm.split("/")[1]: vector},
+        },
+        "batch_stats": {"block": {"bn": {"mean": jnp.zeros(4), "var": jnp.zeros(4)}}},
+    }
+    ours = tools.from_keras(weights, variables, names=names)
+    kernel = model.get_layer("block").get_layer("fc").kernel
+    assert (ours["params"]["block"]["fc"]["kernel"] == jnp.asarray(kernel)).all()
+    assert_same_bits(tools.to_keras(ours, names=names, like=weights), weights)
+
+
+@needs("keras")
+@needs("h5py")
+def test_models_of_keras_without_names_are_refused():
+    import keras
+
+    class Two(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.one = keras.layers.Dense(2, name="fc")
+            self.two = keras.layers.Dense(2, name="fc")
+
+        def call(self, x):
+            return self.two(self.one(x))
+
+    model = Two()
+    for wrong in (model, {"params": {}}):
+        with pytest.raises(TypeError) as error:
+            tools.keras_names(wrong)
+        assert str(error.value) == (
+            "keras_names: model must be a model of Keras 3 that has been built. Got"
+            f" {type(wrong).__name__}. Pass the keras.Model itself, after"
+            " model.build(...) or a call."
+        )
+    model(np.ones((1, 2)))
+    with pytest.raises(ValueError) as error:
+        tools.keras_names(model)
+    assert str(error.value) == (
+        "keras_names: layers with weights must have different names. Got 'fc' at"
+        " 'layers/dense' and at 'layers/dense_1'. Give them names: keras.layers.Dense(8,"
+        " name=...)."
+    )
+
+
 # Faults. Both sides are named.
 
 
@@ -700,12 +984,14 @@ SHAPES = (
     " other layers."
 )
 LAYOUTS = (
-    "layouts are 'conv', 'depthwise', 'conv_transpose', 'conv_transpose_kernel', of"
-    " modules with the kernel of a convolution"
+    "layouts are 'conv', 'depthwise', 'conv_transpose', 'conv_transpose_kernel',"
+    " 'dense_to_heads', 'dense_from_heads', of modules with the kernel of a convolution"
+    " or of a DenseGeneral"
 )
 LAYOUTS_ARE = (
     "'depthwise' is of a kernel [*K, 1, C * M], 'conv_transpose' of a ConvTranspose,"
-    " 'conv_transpose_kernel' of one with transpose_kernel=True."
+    " 'conv_transpose_kernel' of one with transpose_kernel=True, 'dense_to_heads' of"
+    " [in, *heads], 'dense_from_heads' of [*heads, out]."
 )
 KIND = "Convert it first: quantized weights need their scale."
 RANGE = "numbers must be within the range of the dtype that they become"

@@ -33,31 +33,36 @@ ORDER = {
     "tools.checkpoints": 7,
     "tools.files": 7,
     "tools.merging": 7,
+    "tools.kinds": 6,
     "tools.models": 7,
     "tools.presets": 7,
     "tools.replicas": 7,
     "tools.average": 8,
-    "tools.calls": 8,
-    "tools.checks": 8,
+    "tools.calls": 11,
+    "tools.checks": 11,
     "tools.convert": 8,
     "tools.feeds": 8,
+    "tools.keras_names": 8,
     "tools.looks": 8,
     "tools.nnx_folded": 8,
     "tools.optimize": 8,
-    "tools.replace": 8,
-    "tools.sweep_linen": 8,
-    "tools.sweep_nnx": 8,
+    "tools.replace": 11,
+    "tools.replace_linen": 10,
+    "tools.replace_nnx": 9,
+    "tools.replace_rules": 8,
+    "tools.sweep_linen": 11,
+    "tools.sweep_nnx": 11,
     "tools.tables": 8,
     "tools.tent": 8,
-    "tools.doctor": 9,
+    "tools.doctor": 12,
     "tools.fold_plan": 9,
-    "tools.freeze": 9,
+    "tools.freeze": 12,
     "tools.plots": 9,
-    "tools.recalibrate": 9,
-    "tools.fold": 10,
-    "tools": 11,
-    "__init__": 12,
-    "__main__": 13,
+    "tools.recalibrate": 12,
+    "tools.fold": 12,
+    "tools": 13,
+    "__init__": 14,
+    "__main__": 15,
 }
 PUBLIC = [
     (module, name)
@@ -164,6 +169,7 @@ def test_public_names_are_those_of_the_design():
         "from_keras",
         "from_torch",
         "global_batch",
+        "keras_names",
         "labels",
         "look",
         "merge_replicas",
@@ -213,7 +219,8 @@ def test_public_docstring_has_its_parts(name):
         for argument in arguments:
             assert f"{argument}:" in doc or argument == "cls", argument
     elif inspect.isclass(value):
-        own = set(value.__annotations__) - {"parent", "name"}
+        fields = {n for n in value.__annotations__ if not n.startswith("_")}
+        own = fields - {"parent", "name"}
         if issubclass(value, nnx.nnx.Module):
             own = set(inspect.signature(value.__init__).parameters) - {"self"}
             if "__init__" not in vars(value):  # those of the class it builds on

@@ -8,6 +8,7 @@ import optax
 import pytest
 from family import assert_close
 from flax import nnx
+from flax.serialization import to_state_dict
 from test_errors import raises
 from test_freeze import same_bits, trained
 
@@ -74,6 +75,64 @@ def test_the_mask_is_that_of_parameters_without_their_boxes(params, norms):
         want = tools.decay_mask(params, norms, biases=biases)
         mask = tools.decay_mask(boxed(params), norms, biases=biases)
         assert nn.unbox(mask) == want
+
+
+def partitioned(init):
+    return nn.with_partitioning(init, ("model",))
+
+
+class Boxed(nn.Module):
+    """As models of many devices have their parameters, by two kinds of boxes."""
+
+    @nn.compact
+    def __call__(self, x):
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        x = nn.Dense(3, bias_init=partitioned(zeros), name="dense")(x)
+        x = nn.BatchNorm(False, scale_init=partitioned(ones), name="batch")(x)
+        bias = nn.with_logical_partitioning(zeros, ("model",))
+        scale = partitioned(ones)
+        return linen.LayerNorm(scale_init=scale, bias_init=bias, name="layer")(x)
+
+
+def test_boxed_variables_are_read_as_those_without_and_as_files_of_them():
+    variables = trained(Boxed().init(jax.random.key(0), X))
+    plain = nn.unbox(variables)
+    rows = tools.norm_table(variables)
+    assert rows == tools.norm_table(plain)
+    assert [(r.name, r.kind) for r in rows] == [
+        ("batch", "BatchNorm"),
+        ("layer", "norm"),
+    ]
+    assert all(row.scale and row.bias for row in rows)
+    assert tools.norm_table(to_state_dict(variables)) == rows
+    norms = tools.find_norms(Boxed(), X)
+
+    def masked(variables):
+        mask = tools.decay_mask(variables["params"], norms, biases=False)
+        return {"/".join(p): a for p, a in models.flat(mask).items()}
+
+    want = masked(plain)
+    assert [path for path, decays in want.items() if decays] == ["dense/kernel"]
+    assert masked(variables) == masked(to_state_dict(variables)) == want
+
+
+def test_sharded_variables_of_nnx_are_read_as_those_without():
+    """Whose names of mesh axes are beside the value."""
+    ones = nnx.initializers.ones_init()
+    with jax.set_mesh(jax.make_mesh((1,), ("model",))):
+        init = nnx.with_partitioning(ones, ("model",))
+        model = nnx.Dict(
+            dense=nnx.Linear(4, 4, rngs=nnx.Rngs(0)),
+            norm=nnx.BatchNorm(4, scale_init=init, rngs=nnx.Rngs(0)),
+        )
+    state = nnx.state(model)
+    (row,) = tools.norm_table(state)
+    assert (row.name, row.scale) == ("norm", (1.0, 1.0, 1.0))
+    assert tools.norm_table(nnx.to_pure_dict(state)) == [row]
+    params = nnx.state(model, nnx.Param)
+    mask = tools.decay_mask(params, tools.find_norms(model), biases=False)
+    decays = [path for path, on in models.flat(mask).items() if on]
+    assert decays == [("dense", "kernel")]
 
 
 def test_adamw_leaves_norms_without_decay(params, norms):

@@ -492,20 +492,23 @@ WORDS = "'batch', 'layer', 'rms', 'group', 'instance'"
         (
             ("batch", "group"),
             {"num_groups": 3},
-            "replace: num_groups must divide the number of features of batch. Got"
-            " num_groups=3, x.shape=SHAPE. Nearest: 2 or 4.",
+            "replace: num_groups must divide the features of every norm. Got"
+            " num_groups=3, and features 4 at batch. Pass num_groups=2, which divides all"
+            " that are replaced, or replace them by paths, each with its own.",
         ),
         (
             ("batch", "group"),
             {},
-            "replace: num_groups must divide the number of features of batch. Got"
-            " num_groups=32, x.shape=SHAPE. Nearest: 4.",
+            "replace: num_groups must divide the features of every norm. Got"
+            " num_groups=32, and features 4 at batch. Pass num_groups=4, which divides all"
+            " that are replaced, or replace them by paths, each with its own.",
         ),
         (
             ("batch", "group"),
             {"group_size": 3},
-            "replace: group_size must divide the number of features of batch. Got"
-            " group_size=3, x.shape=SHAPE. Nearest: 2 or 4.",
+            "replace: group_size must divide the features of every norm. Got"
+            " group_size=3, and features 4 at batch. Pass group_size=2, which divides all"
+            " that are replaced, or replace them by paths, each with its own.",
         ),
         (
             ("layer", "rms"),
@@ -517,13 +520,12 @@ WORDS = "'batch', 'layer', 'rms', 'group', 'instance'"
 )
 @pytest.mark.parametrize("system", ["linen", "nnx"])
 def test_what_makes_no_sense_is_refused(system, arguments, fields, message):
-    shape = {"linen": X.shape, "nnx": (4,)}[system]
     known = {
         "linen": [*linen.RMSNorm.__dataclass_fields__],
         "nnx": [*normjax.nnx.RMSNorm.__init__.__kwdefaults__],
     }[system]
     known = [f for f in known if f not in ("parent", "name")]
-    message = message.replace("SHAPE", str(shape)).replace("FIELDS", ", ".join(known))
+    message = message.replace("FIELDS", ", ".join(known))
     with raises(ValueError, message):
         if system == "linen":
             models.abstract_init(tools.replace(Kinds(), *arguments, **fields), X)
@@ -561,6 +563,55 @@ def test_what_normjax_would_do_otherwise_is_refused():
     ):
         masked = tools.replace(Kinds(), "batch", nn.Dense(4))
         models.abstract_init(masked, X, True, mask=X > 0)
+
+
+@pytest.mark.parametrize("system", ["linen", "nnx"])
+def test_groups_that_divide_no_features_are_told_of_all_norms_at_once(system):
+    """Before anything changes, and with what would divide them all."""
+    sizes = {"a": 4, "b": 12, "c": 16}
+
+    class Three(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name, size in sizes.items():
+                x = nn.BatchNorm(True, name=name)(nn.Dense(size)(x))
+            return x
+
+    message = (
+        "replace: num_groups must divide the features of every norm. Got num_groups={},"
+        " and features {}. Pass num_groups=4, which divides all that are replaced, or"
+        " replace them by paths, each with its own."
+    )
+    model = Three()
+    if system == "nnx":
+        rngs = nnx.Rngs(0)
+        model = nnx.Dict(
+            {n: nnx.BatchNorm(size, rngs=rngs) for n, size in sizes.items()}
+        )
+
+    def replaced(**options):
+        other = tools.replace(model, "batch", "group", **options)
+        if system == "linen":
+            models.abstract_init(other, X)
+        return other
+
+    for number, features in (
+        (32, "4 at a, 12 at b, 16 at c"),
+        (8, "4 at a, 12 at b"),
+        (6, "4 at a, 16 at c"),
+    ):
+        with raises(ValueError, message.format(number, features)):
+            replaced(num_groups=number)
+    with raises(
+        TypeError,
+        "replace: num_groups must be an integer. Got num_groups='4'. Pass num_groups=8,"
+        " say.",
+    ):
+        replaced(num_groups="4")
+    replaced(num_groups=4)
+    replaced(num_groups=8, paths="c")
+    if system == "nnx":
+        assert all(type(norm) is nnx.BatchNorm for norm in model.values())
 
 
 def test_what_is_no_module_is_refused():

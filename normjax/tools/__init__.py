@@ -24,6 +24,7 @@ from normjax.tools.fold import FoldReport as FoldReport
 from normjax.tools.fold import fold as fold
 from normjax.tools.freeze import freeze as freeze
 from normjax.tools.freeze import unfreeze as unfreeze
+from normjax.tools.keras_names import keras_names as keras_names
 from normjax.tools.looks import Look as Look
 from normjax.tools.looks import Rate as Rate
 from normjax.tools.looks import effective_rates as effective_rates
@@ -39,9 +40,9 @@ from normjax.tools.presets import preset as preset
 from normjax.tools.recalibrate import Moved as Moved
 from normjax.tools.recalibrate import Recalibrated as Recalibrated
 from normjax.tools.recalibrate import recalibrate as recalibrate
-from normjax.tools.replace import Replaced as Replaced
 from normjax.tools.replace import find_dropped as find_dropped
 from normjax.tools.replace import replace as replace
+from normjax.tools.replace_linen import Replaced as Replaced
 from normjax.tools.replicas import Drift as Drift
 from normjax.tools.replicas import checksum as checksum
 from normjax.tools.replicas import find_drift as find_drift

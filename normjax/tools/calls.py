@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from normjax import _axes, _check, _module, _norms
 from normjax.tools import models
+from normjax.tools.replace_linen import known
 
 UPDATES, MEAN, VAR = "doctor_updates", "doctor_mean", "doctor_var"
 # The layers of Flax that add a bias of their own last.
@@ -281,7 +282,7 @@ def _linen_batch_norm(
 def watching_linen(mode: str, weights: Any = None) -> Iterator[Watch]:
     """Watches the linen models that are called within it."""
     watch = Watch(mode, weights)
-    with models.substituted(_linen_swap(watch)):
+    with models.substituted(_linen_swap(watch), first=known):
         yield watch
 
 

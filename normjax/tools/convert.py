@@ -31,6 +31,12 @@ _FLAX = {
     "conv_transpose": "kio",
     "conv_transpose_kernel": "koi~",  # of transpose_kernel=True
 }
+# Kernels of DenseGeneral, [in, heads, head] and [heads, head, out], say.
+_TO_HEADS, _FROM_HEADS = "dense_to_heads", "dense_from_heads"
+# What Flax's attention calls its layers, of which the last one leads from the heads.
+_ATTENTION = ("query", "key", "value", "out")
+# What norms of old checkpoints call their parameters, TensorFlow's say.
+_OLD = {"scale": "gamma", "bias": "beta"}
 
 
 class _Library(NamedTuple):
@@ -46,6 +52,7 @@ class _Library(NamedTuple):
       ones: whether vectors may have axes of size 1 besides.
       depthwise: whether the kernel of a depthwise convolution, [*K, 1, C * M] in Flax,
         is [*K, C, M].
+      heads: whether the kernels and biases of DenseGeneral have all their axes.
     """
 
     separator: str
@@ -56,6 +63,7 @@ class _Library(NamedTuple):
     transposed: str
     ones: bool = False
     depthwise: bool = False
+    heads: bool = False
 
 
 def _torch_leaf(leaf: str, leaves: set[str]) -> str:
@@ -94,7 +102,9 @@ def _equinox_leaf(leaf: str, leaves: set[str]) -> str:
 
 
 _TORCH = _Library(".", "", _torch_leaf, "oi", "oik", "iok~")
-_KERAS = _Library("/", "layers/", _keras_leaf, "io", "kio", "koi~", depthwise=True)
+_KERAS = _Library(
+    "/", "layers/", _keras_leaf, "io", "kio", "koi~", depthwise=True, heads=True
+)
 _HAIKU = _Library("/", "", _haiku_leaf, "io", "kio", "koi", ones=True)
 _EQUINOX = _Library(".", "", _equinox_leaf, "oi", "oik", "oik", ones=True)
 
@@ -109,6 +119,7 @@ class _Place(NamedTuple):
       theirs: its name on the other side; None where it has none.
       axes: those of a kernel, in Flax and on the other side; None: as they are.
       shape: in Flax.
+      flat: of a DenseGeneral the shape that a Dense layer would have; else ``shape``.
       dtype: in Flax.
       alike: whether an array of one shape may be had in another, of two shapes.
     """
@@ -119,6 +130,7 @@ class _Place(NamedTuple):
     theirs: str | None
     axes: tuple[str, str] | None
     shape: tuple[int, ...]
+    flat: tuple[int, ...]
     dtype: Any
     alike: Callable[[tuple, tuple], bool]
 
@@ -145,15 +157,28 @@ def _places(
         for p, (_, a) in zip(inner, found, strict=True)
         if p[-1] == "kernel" and len(a.shape) > 1
     }
+    biases = {
+        "/".join(p[:-1]): len(a.shape)
+        for p, (_, a) in zip(inner, found, strict=True)
+        if p[-1] == "bias"
+    }
     layouts = dict(layouts or {})
     _check_names_of(name, names, leaves)
-    _check_layouts(name, layouts, {m: s for m, s in kernels.items() if len(s) > 2})
+    _check_layouts(
+        name, layouts, {m: s for m, s in kernels.items() if len(s) > 2}, biases
+    )
+    inputs = {} if library.heads else _input_axes(kernels, biases, layouts)
     places: dict[Any, _Place] = {}
     for p, q, (_, a) in zip(parts, inner, found, strict=True):
         module, leaf = "/".join(q[:-1]), q[-1]
         theirs = _their_name(library, module, leaf, leaves[module], names)
         axes, alike = None, _one_vector if library.ones else operator.eq
-        if leaf == "kernel" and module in kernels:
+        flat = shape = tuple(a.shape)
+        if module in inputs and leaf in ("kernel", "bias"):
+            n = inputs[module] if leaf == "kernel" else 0
+            flat = tuple(math.prod(s) for s in (shape[:n], shape[n:]) if s)
+            axes = (_DENSE, library.dense) if leaf == "kernel" else None
+        elif leaf == "kernel" and module in kernels:
             layout = layouts.get(module) or _layout_by_names(module, theirs, a.shape)
             axes = _axes_of(library, layout, len(a.shape))
             split = library.depthwise and layout == "depthwise"
@@ -168,9 +193,36 @@ def _places(
                 "Give them different names",
             )
         places[path if theirs is None else theirs] = _Place(
-            path, module, leaf, theirs, axes, tuple(a.shape), a.dtype, alike
+            path, module, leaf, theirs, axes, shape, flat, a.dtype, alike
         )
     return list(places.values())
+
+
+def _input_axes(
+    kernels: Mapping[str, tuple], biases: Mapping[str, int], layouts: Mapping[str, str]
+) -> dict[str, int]:
+    """How many axes of a kernel are its input's, of each DenseGeneral among modules.
+
+    It is one by its bias, which has the axes of the output, by the names of Flax's
+    attention, or by layouts.
+    """
+    found = {}
+    for module, shape in kernels.items():
+        parent, _, last = module.rpartition("/")
+        siblings = [f"{parent}/{other}".lstrip("/") for other in _ATTENTION]
+        if len(shape) < 3:
+            continue
+        if module in layouts:
+            n = {_TO_HEADS: 1, _FROM_HEADS: len(shape) - 1}.get(layouts[module])
+        elif biases.get(module, 1) > 1:
+            n = len(shape) - biases[module]
+        elif module in siblings and all(len(kernels.get(m, ())) == 3 for m in siblings):
+            n = 2 if last == "out" else 1
+        else:
+            n = None
+        if n is not None:
+            found[module] = n
+    return found
 
 
 def _no_array(name: str, path: str, value: Any) -> Exception:
@@ -211,25 +263,35 @@ def _check_names_of(name: str, names: Names, leaves: dict[str, set[str]]) -> Non
 
 
 def _check_layouts(
-    name: str, layouts: dict[str, str], convolutions: dict[str, tuple[int, ...]]
+    name: str,
+    layouts: dict[str, str],
+    convolutions: dict[str, tuple[int, ...]],
+    biases: dict[str, int],
 ) -> None:
-    """Refuses layouts of what is no convolution, and others than there are."""
+    """Refuses layouts of what has no such kernel, and others than there are."""
+    words = (*_FLAX, _TO_HEADS, _FROM_HEADS)
+    outputs = {
+        (m, layout): len(convolutions.get(m, ())) - 1 if layout == _TO_HEADS else 1
+        for m, layout in layouts.items()
+    }
     wrong = {
         m: layout
         for m, layout in layouts.items()
         if m not in convolutions
-        or layout not in _FLAX
+        or layout not in words
         or (layout == "depthwise" and convolutions[m][-2] != 1)
+        or biases.get(m, outputs[m, layout]) != outputs[m, layout]
     }
     if wrong:
         raise _check.error(
             ValueError,
             name,
-            f"layouts are {', '.join(map(repr, _FLAX))}, of modules with the kernel of"
-            " a convolution",
+            f"layouts are {', '.join(map(repr, words))}, of modules with the kernel of"
+            " a convolution or of a DenseGeneral",
             f"{wrong}; such modules are {_some(sorted(convolutions)) or 'none'}",
             "'depthwise' is of a kernel [*K, 1, C * M], 'conv_transpose' of a"
-            " ConvTranspose, 'conv_transpose_kernel' of one with transpose_kernel=True",
+            " ConvTranspose, 'conv_transpose_kernel' of one with transpose_kernel=True,"
+            " 'dense_to_heads' of [in, *heads], 'dense_from_heads' of [*heads, out]",
         )
 
 
@@ -312,9 +374,9 @@ def _one_depthwise(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 def _their_shape(place: _Place) -> tuple[int, ...]:
     if place.axes is None:
-        return place.shape
+        return place.flat
     # Of an array that takes no memory.
-    return _rearranged(np.broadcast_to(np.zeros(()), place.shape), *place.axes).shape
+    return _rearranged(np.broadcast_to(np.zeros(()), place.flat), *place.axes).shape
 
 
 def _check_names(name: str, places: list[_Place], theirs: Collection[str]) -> None:
@@ -386,7 +448,7 @@ def _as_ours(name: str, place: _Place, a: np.ndarray, factor: Any) -> jax.Array:
     else:
         if place.axes is not None:
             a = _rearranged(a, *reversed(place.axes))
-        a = _cast(name, got, a, place.dtype, factor)
+        a = _cast(name, got, a, place.dtype, factor).reshape(place.shape)
     # A copy: memory that another library may write to is not a JAX array's.
     result = jnp.array(a, copy=True)
     if result.dtype != place.dtype:
@@ -498,6 +560,7 @@ def _as_theirs(name: str, place: _Place, value: Any, factor: Any) -> np.ndarray:
                 "Set it to one number",
             )
         return np.asarray(a.flat[0] if a.size else 0, np.int64)
+    a = a.reshape(place.flat)
     if place.axes is not None:
         a = _rearranged(a, *place.axes)
     return a if factor is None else (a.astype(np.float64) / factor).astype(a.dtype)
@@ -536,8 +599,9 @@ def from_torch(
     "BatchNorm")`` has PyTorch's defaults. PyTorch's momentum is one minus ours. Its
     running variance is unbiased, and is taken as it is unless ``values_per_statistic``
     is given. ``num_batches_tracked`` goes to ``count``, where the norm has one, and is
-    left out elsewhere. A Dense layer that reads a flattened image reads it in the order
-    ``[C, H, W]`` in PyTorch: flatten ``jnp.moveaxis(x, -1, 1)`` in Flax.
+    left out elsewhere. A norm's ``gamma`` and ``beta`` of old checkpoints are taken for
+    its ``weight`` and ``bias``. A Dense layer that reads a flattened image reads it in
+    the order ``[C, H, W]`` in PyTorch: flatten ``jnp.moveaxis(x, -1, 1)`` in Flax.
 
     Args:
       weights: a state dict: arrays, or tensors on the CPU, by name, as `read_weights`
@@ -548,10 +612,13 @@ def from_torch(
         ``"encoder.0"``, or a function of the path; the longest path that fits counts,
         and what follows it keeps its name. A path of one array names that array. None:
         the same path, with dots.
-      layouts: what the kernels of convolutions are of, by module: "conv",
+      layouts: what kernels of three and more axes are of, by module: "conv",
         "depthwise", "conv_transpose", or "conv_transpose_kernel" for Flax's
-        ``transpose_kernel=True``. Of those not named, ``ConvTranspose`` in the name
-        decides, and ``depthwise`` in that of Keras.
+        ``transpose_kernel=True``; "dense_to_heads" for a DenseGeneral's ``[in, heads,
+        head]``, "dense_from_heads" for ``[heads, head, out]``. Of those not named,
+        ``ConvTranspose`` in the name decides, and ``depthwise`` in that of Keras; a
+        bias of two axes says a DenseGeneral, and so do ``query``, ``key``, ``value``
+        and ``out`` side by side.
       values_per_statistic: how many values each batch variance was of, ``N * H * W``:
         one number, or one by module. The running variance times ``(n - 1) / n`` is the
         biased one. None: it is taken as it is.
@@ -591,7 +658,21 @@ def from_torch(
         and key.replace("num_batches_tracked", "running_mean") in weights
     }
     weights = {k: v for k, v in weights.items() if k not in uncounted}
+    places = _with_old_names(places, weights)
     return _filled("from_torch", places, weights, variables, factors)
+
+
+def _with_old_names(places: list[_Place], theirs: Collection[str]) -> list[_Place]:
+    """Places, of which a norm has ``gamma`` and ``beta`` where the other side does."""
+    norms = {place.module for place in places if place.leaf == "scale"}
+    new = []
+    for place in places:
+        if place.module in norms and place.leaf in _OLD and place.theirs not in theirs:
+            module, dot, _ = (place.theirs or "").rpartition(".")
+            old = f"{module}{dot}{_OLD[place.leaf]}"
+            place = place._replace(theirs=old) if old in theirs else place
+        new.append(place)
+    return new
 
 
 def to_torch(
@@ -638,6 +719,7 @@ def to_torch(
         counts = {p.theirs for p in places if p.leaf == "count"}
         counted = [k for k in like if k.endswith("num_batches_tracked")]
         like = {k: v for k, v in like.items() if k in counts or k not in counted}
+        places = _with_old_names(places, like)
     return _taken("to_torch", places, variables, like, factors)
 
 

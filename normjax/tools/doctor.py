@@ -14,7 +14,9 @@ import numpy as np
 from normjax import _check
 from normjax.tools import calls, checkpoints, checks, models
 from normjax.tools.checks import Case, Finding, Patient
-from normjax.tools.replace import Replaced
+from normjax.tools.kinds import registered_kinds, takes_kinds
+from normjax.tools.replace import with_known
+from normjax.tools.replace_linen import Replaced
 
 
 class Report(NamedTuple):
@@ -94,9 +96,11 @@ class Report(NamedTuple):
             console.print(Text(line, "dim"))
 
 
+@takes_kinds
 def doctor(
     model: Any,
     *args: Any,
+    kinds: Mapping[type, str | None] | None = None,
     variables: Any = None,
     optimizer: Any = None,
     steps: int | None = None,
@@ -131,6 +135,8 @@ def doctor(
         their statistics; for nnx with a copy of the model, which it changes.
       stacked: whether ``model`` is variables whose arrays have the replicas along their
         first axis, as ``pmap`` returns them.
+      kinds: which norms classes of your own are, as of `find_norms`. Such a batch norm
+        is taken to compute what normjax's computes, with the fields that it has.
       **kwargs: arguments of the model's call, by name; for linen also ``rngs``,
         ``method`` and ``mutable``, as its apply has them while training. What the model
         asks is mutable is that alone; without it, all its variables but ``params``.
@@ -170,6 +176,8 @@ def doctor(
     models.check_concrete("doctor", (args, kwargs, variables))
     given = {"momentum": momentum, "steps": steps, "optimizer": optimizer}
     if _is_module(model):
+        if models.system_of("doctor", model) == "nnx":
+            model = with_known("doctor", model, dict(registered_kinds()))
         case = _of_model(model, args, kwargs, variables, step, stacked, given)
     else:
         case = _of_tree(model, args, kwargs, variables, step, stacked, given)

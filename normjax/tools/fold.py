@@ -38,6 +38,7 @@ from normjax.tools.models import (
     told_mutable,
     with_statistics,
 )
+from normjax.tools.replace import with_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ def fold(
     paths: str | Iterable[str] | None = None,
     strict: bool = False,
     seconds: float = 1.0,
+    kinds: Mapping[type, str | None] | None = None,
     **kwargs: Any,
 ) -> Folded:
     """Folds batch norms into the layers before them, or after them where that is exact.
@@ -134,6 +136,8 @@ def fold(
         can be.
       strict: whether a batch norm that cannot be folded is an error.
       seconds: for how long to time the model and the folded one; 0 not to.
+      kinds: which norms classes of your own are, as of `find_norms`. Such a batch norm
+        computes what normjax's computes, with the fields that it has.
       **kwargs: what else the model is called with, ``train=False``, say; for linen
         ``method``, ``rngs`` and ``mutable`` too.
 
@@ -165,8 +169,10 @@ def fold(
     if linen:
         mutable = kwargs.pop("mutable", False)
         variables, inputs = _checked_variables(model, inputs, kwargs), inputs[1:]
+        model = with_known("fold", model, kinds)
         traced = of_linen(is_chosen, model, variables, inputs, kwargs, mutable)
     else:
+        model = with_known("fold", model, kinds)
         traced = of_nnx(is_chosen, model, inputs, kwargs)
     plan, kept = planned(traced, paths, strict)
     weights = _Weights(traced)

@@ -1,12 +1,17 @@
 """Batch norms with frozen statistics."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from normjax.tools.kinds import checked_kinds
 from normjax.tools.models import patterns
-from normjax.tools.replace import Rule, replaced
+from normjax.tools.replace import replaced
+from normjax.tools.replace_rules import Rule
 
 
-def freeze(model: Any, paths: Any = "*") -> Any:
+def freeze(
+    model: Any, paths: Any = "*", *, kinds: Mapping[type, str | None] | None = None
+) -> Any:
     """Freezes the statistics of a model's batch norms.
 
     They normalize by their running statistics, and leave them as they are, whatever the
@@ -20,15 +25,23 @@ def freeze(model: Any, paths: Any = "*") -> Any:
       model: a linen or nnx module, or what `replace` returned.
       paths: a pattern of paths, or several: ``"encoder/*"``. A pattern that matches a
         module stands for all in it; ``*`` stands for any characters, slashes too.
+      kinds: which norms classes of your own are, as of `find_norms`:
+        ``{MyBatchNorm: "BatchNorm"}``. Such a norm stays what it is, and is told to use
+        its running statistics, by a field or an argument of its call that is
+        ``use_running_average``, ``deterministic``, ``train``, ``training`` or
+        ``is_training``.
 
     Returns:
-      For nnx a copy of the model. For linen a `Replaced`, with ``init`` and ``apply``
-      as the model has them, for the same variables.
+      For nnx a copy of the model. For linen a `Replaced`, a module that is used as the
+      model is, for the same variables.
 
     Raises:
       TypeError: if model is no module.
-      ValueError: if a pattern matches no batch norm; for linen in ``init`` and
-        ``apply``.
+      ValueError: if a pattern matches no batch norm; for linen in its calls.
+
+    Warns:
+      UserWarning: if a module that matches looks like a batch norm, but its class is
+        unknown.
 
     Example:
       >>> import flax.linen as nn
@@ -44,12 +57,13 @@ def freeze(model: Any, paths: Any = "*") -> Any:
       >>> y.round(1).tolist(), updates["batch_stats"]["mean"]
       ([[1.0], [3.0]], Array([0.], dtype=float32))
     """
-    return replaced(
-        model, Rule("freeze", "batch", "frozen", patterns("freeze", paths), {})
-    )
+    of, kinds = patterns("freeze", paths), checked_kinds("freeze", kinds)
+    return replaced(model, Rule("freeze", "batch", "frozen", of, {}, kinds))
 
 
-def unfreeze(model: Any, paths: Any = "*") -> Any:
+def unfreeze(
+    model: Any, paths: Any = "*", *, kinds: Mapping[type, str | None] | None = None
+) -> Any:
     """Takes `freeze` back: each norm uses its statistics as it did before.
 
     A norm that the model itself has frozen, by its fields ``normalize_with="running"``
@@ -59,14 +73,14 @@ def unfreeze(model: Any, paths: Any = "*") -> Any:
     Args:
       model: what `freeze` returned, or a model with such norms.
       paths: a pattern of paths, or several, as of `freeze`.
+      kinds: as of `freeze`.
 
     Returns:
       What `freeze` returns.
 
     Raises:
       TypeError: if model is no module.
-      ValueError: if a pattern matches no frozen batch norm; for linen in ``init`` and
-        ``apply``.
+      ValueError: if a pattern matches no frozen batch norm; for linen in its calls.
 
     Example:
       >>> from flax import nnx
@@ -75,6 +89,5 @@ def unfreeze(model: Any, paths: Any = "*") -> Any:
       >>> frozen.normalize_with, tools.unfreeze(frozen).normalize_with
       ('running', None)
     """
-    return replaced(
-        model, Rule("unfreeze", "batch", "unfrozen", patterns("unfreeze", paths), {})
-    )
+    of, kinds = patterns("unfreeze", paths), checked_kinds("unfreeze", kinds)
+    return replaced(model, Rule("unfreeze", "batch", "unfrozen", of, {}, kinds))

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from normjax import _check, _module, _moments
 from normjax._moments import Moments
+from normjax.tools.kinds import registered_kinds, takes_kinds
 from normjax.tools.models import (
     check_concrete,
     devices_of,
@@ -213,7 +214,13 @@ class _Seen:
         self.kind, self.rows = kind, rows
 
 
-def look(model: Any, *args: Any, **kwargs: Any) -> Looks:
+@takes_kinds
+def look(
+    model: Any,
+    *args: Any,
+    kinds: Mapping[type, str | None] | None = None,
+    **kwargs: Any,
+) -> Looks:
     """Looks at every norm of a model in one compiled forward.
 
     Norms are found by what they are, of Flax's classes and normjax's, in a model that
@@ -223,6 +230,7 @@ def look(model: Any, *args: Any, **kwargs: Any) -> Looks:
       model: a linen or nnx module.
       *args: for linen what ``model.apply`` takes, the variables first; for nnx what the
         model takes. What is not an array is part of the compiled program.
+      kinds: which norms classes of your own are, as of `find_norms`.
       **kwargs: the same, by name, such as ``rngs``, ``method`` and ``mutable``. What
         the model asks is mutable is that alone, although more is, for what is seen.
 
@@ -294,7 +302,7 @@ def _program(model: Any, graphs: Any, structure: Any, static: tuple) -> Any:
     call = jax.jit(
         functools.partial(_call, weakref.ref(model), graphs, structure, static)
     )
-    key = (*_parts(graphs), structure, *map(_hashable, static))
+    key = (*_parts(graphs), structure, *map(_hashable, static), registered_kinds())
     return _programs[id(model)].setdefault(key, call)
 
 
@@ -547,12 +555,13 @@ def _against(module: Any, m: Moments, mean: Any, var: Any) -> dict[str, jax.Arra
     if getattr(module, "running_variance", "biased") == "unbiased":
         new = _moments.unbiased(m)[0].ravel()
     mean, var = (jnp.asarray(a, new.dtype).ravel() for a in (mean, var))
-    old = var + module.epsilon
+    epsilon = getattr(module, "epsilon", 1e-5)  # which a class of a user's may hide
+    old = var + epsilon
     return {
         "running_mean": mean,
         "running_std": jnp.sqrt(var),
         "shift": (m.mean.ravel() - mean) / jnp.sqrt(old),
-        "ratio": jnp.sqrt((new + module.epsilon) / old),
+        "ratio": jnp.sqrt((new + epsilon) / old),
     }
 
 
@@ -565,13 +574,14 @@ def _values(
         return jnp.min(count) * ((virtual or shape[0]) / shape[0])
     if kind == "InstanceNorm":
         axes = [a for a in range(1, len(shape)) if a not in features]
-    elif kind == "GroupNorm" and module.reduction_axes is None:
+    elif kind == "GroupNorm" and getattr(module, "reduction_axes", None) is None:
         axes = list(range(1, len(shape)))
     else:
-        axes = list(_module.flax_axes(kind, module.reduction_axes, len(shape), "axes"))
+        reduced = getattr(module, "reduction_axes", -1)
+        axes = list(_module.flax_axes(kind, reduced, len(shape), "axes"))
     groups = 1
     if kind == "GroupNorm":
-        groups = module.num_groups or shape[-1] // module.group_size
+        groups = getattr(module, "num_groups", 32) or shape[-1] // module.group_size
     return jnp.asarray(math.prod(shape[a] for a in axes) / groups, count.dtype)
 
 

@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import jax
 import numpy as np
 
 from normjax import _check
+from normjax.tools.kinds import Left, left_of, names_of, registered, warn_of
+from normjax.tools.kinds import kind_of as kind_of
 
 # Of each `substituted` around a call: what calls a module, and whom it is calling.
 _substitutions: contextvars.ContextVar[tuple] = contextvars.ContextVar(
     "substitutions", default=()
 )
-KINDS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 
 
 class Norm(NamedTuple):
@@ -41,25 +43,39 @@ class Norm(NamedTuple):
     module: Any
 
 
-def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
+def find_norms(
+    model: Any,
+    *args: Any,
+    kinds: Mapping[type, str | None] | None = None,
+    **kwargs: Any,
+) -> list[Norm]:
     """Finds the norms of a model, by what its modules are and not by their names.
 
     A linen model is called once on shapes alone: nothing is computed. What it shows are
-    the norms that such a call reaches. An nnx model is walked through.
+    the norms that such a call reaches. An nnx model is walked through. In a linen model
+    the norms of nnx modules are found, too, which Flax's bridge makes a part of it.
+
+    A class of your own that only looks like a norm is not among them, and a warning
+    names it: the name of the class has "norm" in it and its parameters are vectors, or
+    it has a mean and a var in ``batch_stats``.
 
     Args:
       model: a linen or nnx module, or what `replace` returned.
       *args: for linen: arguments of the model's call; arrays or
         ``jax.ShapeDtypeStruct``. What is neither is passed on as it is.
-      **kwargs: the same, by name; ``rngs`` and ``method`` as ``model.apply`` has them.
+      kinds: which norms classes of your own are: ``{MyNorm: "RMSNorm"}``; None in place
+        of a kind for a class that is none. It holds for subclasses, too.
+      **kwargs: the same as ``*args``, by name; for linen also ``rngs`` and
+        ``method``, as ``model.apply`` has them.
 
     Returns:
-      The norms of Flax's classes and of normjax's, in the order of their first call, or
-      for nnx of their paths; one that is called often is there once.
+      The norms of Flax's classes, of normjax's and of ``kinds``, in the order of their
+      first call, or for nnx of their paths; one that is called often is there once.
 
     Raises:
-      TypeError: if model is neither a linen nor an nnx module, or a linen model's call
-        needs arguments and there are none.
+      TypeError: if model is neither a linen nor an nnx module, a linen model's call
+        needs arguments and there are none, or kinds is no dictionary of classes.
+      ValueError: if kinds has a word that is no kind.
 
     Example:
       >>> import flax.linen as nn
@@ -69,30 +85,43 @@ def find_norms(model: Any, *args: Any, **kwargs: Any) -> list[Norm]:
       >>> [(n.path, n.kind) for n in tools.find_norms(model, jnp.ones((1, 3)))]
       [(('layers_1',), 'LayerNorm')]
     """
-    system = system_of("find_norms", model)
-    if system == "nnx":
-        return [
-            Norm(tuple(map(str, path)), kind, module)
-            for path, module in nnx_modules(model)
-            if (kind := kind_of(module))
-        ]
-    if not args and not kwargs:
-        _check_call(model)
-    found: dict[tuple[str, ...], Norm] = {}
+    with registered("find_norms", kinds):
+        if system_of("find_norms", model) == "nnx":
+            norms, left = nnx_norms(model)
+            _warn_of_linen(model)
+        else:
+            if not args and not kwargs:
+                _check_call(model)
+            norms, left = _linen_norms(model, args, kwargs)
+        warn_of("find_norms", left)
+    return norms
+
+
+def _linen_norms(model: Any, args: tuple, kwargs: dict) -> tuple[list[Norm], "Left"]:
+    """The norms that a call of a linen model reaches, and what only looks like one."""
+    found: dict[tuple[str, ...], list[Norm]] = {}
+    others: dict[tuple[str, ...], type] = {}
 
     def note(module: Any) -> None:
+        path = module.path
+        if path in found:
+            return
         if kind := kind_of(module):
-            fields = module.clone(parent=None)
-            found.setdefault(module.path, Norm(module.path, kind, fields))
+            found[path] = [Norm(path, kind, module.clone(parent=None))]
+        elif is_bridge(module):
+            found[path] = [n._replace(path=path + n.path) for n in bridged(module)]
+        else:
+            others[path] = type(module)
 
     with substituted(note):
-        abstract_init(model, *args, **kwargs)
-    return list(found.values())
+        variables = abstract_init(model, *args, **kwargs)
+    norms = [norm for norms in found.values() for norm in norms]
+    return norms, left_of(others, names_of(variables))
 
 
 def _check_call(model: Any) -> None:
     """Refuses a linen model whose call needs arguments, of which there are none."""
-    call = inspect.signature(type(getattr(model, "model", model)).__call__)
+    call = inspect.signature(type(model).__call__)
     needed = [
         p.name
         for p in list(call.parameters.values())[1:]
@@ -114,8 +143,6 @@ def system_of(name: str, model: Any) -> str:
         module = getattr(sys.modules.get(f"flax.{system}"), "Module", None)
         if module is not None and isinstance(model, module):
             return system
-        if getattr(type(model), "_system", None) == system:  # a model replaced
-            return system
     raise _check.error(
         TypeError,
         name,
@@ -125,15 +152,91 @@ def system_of(name: str, model: Any) -> str:
     )
 
 
-def kind_of(module: Any) -> str | None:
-    """Returns which norm a module is, of Flax's or normjax's; None if it is none."""
-    for kind in KINDS:
-        for library in ("normjax.linen", "flax.linen", "normjax.nnx", "flax.nnx"):
-            # A module can only be of a class that somebody has imported.
-            of_kind = getattr(sys.modules.get(library), kind, None)
-            if of_kind is not None and isinstance(module, of_kind):
-                return kind
-    return None
+# Flax's bridge between linen and nnx.
+
+
+def is_bridge(module: Any) -> bool:
+    """Whether a linen module makes an nnx module a part of a linen model."""
+    of = getattr(sys.modules.get("flax.nnx.bridge"), "ToLinen", None)
+    return of is not None and isinstance(module, of)
+
+
+def bridged(module: Any) -> list[Norm]:
+    """The norms of the nnx module that a bridge holds, by their paths in it."""
+    from flax import nnx
+
+    def made() -> Any:
+        rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
+        return module.nnx_class(*module.args, **{**module.kwargs, **rngs})
+
+    inner = nnx.eval_shape(made)
+    return nnx_norms(inner)[0]
+
+
+def nnx_norms(model: Any) -> tuple[list[Norm], Left]:
+    """The norms of an nnx model, and what only looks like one."""
+    norms: list[Norm] = []
+    others: dict[tuple[str, ...], type] = {}
+    own: dict[tuple, dict[str, int]] = {}
+    for path, module in nnx_modules(model):
+        place = tuple(map(str, path))
+        inner = of_linen(module)
+        if kind := kind_of(module if inner is None else inner):
+            norms.append(Norm(place, kind, module if inner is None else inner))
+        elif inner is None:
+            others[place] = type(module)
+            own[place] = _nnx_names(module)
+    return norms, left_of(others, own)
+
+
+def of_linen(module: Any) -> Any:
+    """The linen module that a bridge makes a part of an nnx model; else None."""
+    bridge = getattr(sys.modules.get("flax.nnx.bridge"), "ToNNX", None)
+    is_bridge = bridge is not None and isinstance(module, bridge)
+    return module.to_nnx__module if is_bridge else None
+
+
+def _warn_of_linen(model: Any) -> None:
+    """Warns of linen modules in an nnx model that may hold norms, which none sees."""
+    from flax import nnx
+
+    hidden = []
+    for path, module in nnx_modules(model):
+        inner = of_linen(module)
+        if inner is None or kind_of(inner) or _is_layer(inner):
+            continue
+        own = leaves(nnx.state(module, nnx.Not(nnx.RngState)))
+        if not own or any(p[-1] in ("scale", "mean") for p in own):
+            hidden.append(f"{type(inner).__name__} at {'/'.join(map(str, path))}")
+    if hidden:
+        warning: Any = _check.error(
+            UserWarning,
+            "find_norms",
+            "the norms of a linen module in an nnx model show in a call of that module"
+            " alone",
+            ", ".join(hidden),
+            "Pass the linen module and the arguments of its call to tools.find_norms as"
+            " well",
+        )
+        warnings.warn(warning, stacklevel=3)
+
+
+def _is_layer(module: Any) -> bool:
+    """Whether a linen module is one of Flax's layers that hold no other module."""
+    return type(module).__module__ in ("flax.linen.linear", "flax.linen.stochastic")
+
+
+def _nnx_names(module: Any) -> dict[str, int]:
+    """The variables of one module of nnx, as of `names_of`."""
+    from flax import nnx
+
+    collections = {nnx.Param: "params", nnx.BatchStat: "batch_stats"}
+    return {
+        f"{collection}/{name}": np.ndim(value.get_value())
+        for name, value in vars(module).items()
+        for of, collection in collections.items()
+        if isinstance(value, of)
+    }
 
 
 def devices_of(norm: Any) -> dict[str, Any]:
@@ -273,7 +376,9 @@ def is_array(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
+def substituted(
+    swap: Callable[[Any], Any], first: Callable[[Any], Any] | None = None
+) -> Iterator[list]:
     """Within it, other linen modules are called in place of some of a model.
 
     Args:
@@ -281,6 +386,8 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
         call with its arguments instead, a function or a module made with
         ``parent=module.scope.rewound()``, so that it finds the same variables; or None
         for the module itself.
+      first: the same, for what is to be swapped for a module that ``swap`` knows, which
+        is then asked about that one. None: nothing is.
 
     Yields:
       The paths of the modules that were swapped, in order of their calls; a program
@@ -321,6 +428,9 @@ def substituted(swap: Callable[[Any], Any]) -> Iterator[list]:
         within = _substitutions.get()[len(outer) + 1 :]
         if any(place not in calling for _, calling in within):
             return call(*args, **kwargs)
+        known = first(module) if first is not None else None
+        if known is not None:
+            return known(*args, **kwargs)
         return called(call, args, kwargs, context)
 
     token = _substitutions.set((*outer, (called, inside)))

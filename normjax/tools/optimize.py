@@ -79,7 +79,7 @@ def decay_mask(params: Any, norms: list[Norm], *, biases: bool = True) -> Any:
       {'bias': False, 'kernel': True}
       >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=mask)
     """
-    found = {path: biases or path[-1] != "bias" for path in leaves(params)}
+    found = {path: biases or _name(path) != "bias" for path in leaves(params)}
     for path in _paths("decay_mask", norms, list(found)):
         found[path] = False
     return _by_path(found, params)
@@ -100,7 +100,7 @@ def _paths(name: str, group: Any, there: list[tuple]) -> list[tuple]:
         below = {
             "/".join(norm.path): [p for p in there if p[: len(norm.path)] == norm.path]
             for norm in group
-            if _has_parameters(norm.module)
+            if _has_parameters(norm.module, there, norm.path)
         }
     else:
         below = {
@@ -120,8 +120,17 @@ def _paths(name: str, group: Any, there: list[tuple]) -> list[tuple]:
     return [path for found in below.values() for path in found]
 
 
-def _has_parameters(module: Any) -> bool:
+def _has_parameters(module: Any, there: list[tuple], path: tuple) -> bool:
+    """Whether a norm has parameters; of a class without Flax's fields, those it has."""
+    if not hasattr(module, "use_scale"):
+        return any(p[: len(path)] == path for p in there)
     return module.use_scale or getattr(module, "use_bias", False)
+
+
+def _name(path: tuple) -> str:
+    """What an array is called, be it boxed, as in a file of partitioned parameters."""
+    boxed = len(path) > 1 and path[-1] == "value"
+    return path[-2 if boxed else -1]
 
 
 def _shortly(paths: list[tuple], most: int = 12) -> str:

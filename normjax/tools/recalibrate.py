@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from normjax import _check, _module, _moments
+from normjax.tools.kinds import takes_kinds
 from normjax.tools.looks import aligned
 from normjax.tools.merging import Merged, Path, Sweep, is_mapped
 from normjax.tools.models import check_concrete, variables_of
@@ -87,6 +88,7 @@ class Recalibrated(NamedTuple):
         return aligned(rows)
 
 
+@takes_kinds
 def recalibrate(
     apply: Callable,
     variables: Any,
@@ -95,6 +97,7 @@ def recalibrate(
     prior: float | None = None,
     normalize_with: Literal["batch", "running"] = "batch",
     progress: bool = True,
+    kinds: Mapping[type, str | None] | None = None,
 ) -> Recalibrated:
     """Replaces the running statistics of a model by those of data, in one sweep.
 
@@ -129,6 +132,8 @@ def recalibrate(
       normalize_with: by which statistics norms normalize on the way: "batch", that of
         each batch, or "running", the old ones.
       progress: whether to show a progress bar, where tqdm is installed.
+      kinds: which norms classes of your own are, as of `find_norms`. Such a batch norm
+        is taken to compute what normjax's computes, with the fields that it has.
 
     Returns:
       The variables with new statistics, of the same structure, dtypes and shardings;

@@ -16,6 +16,7 @@ from normjax.tools.merging import (
     values_per_sample,
 )
 from normjax.tools.models import kind_of, substituted
+from normjax.tools.replace_linen import known
 
 NAME = "recalibrate"
 MERGED = "merged"  # the variable beside mean and var
@@ -130,7 +131,7 @@ def sweep_of(
         return _with(variables, {(): {"batch_stats": _with(collection, changes)}})
 
     return Sweep(
-        context=lambda: substituted(swap),
+        context=lambda: substituted(swap, first=known),
         old=old,
         merged={path: Merged.empty(s.mean, number) for path, s in old.items()},
         rest=(),

@@ -19,7 +19,15 @@ from normjax.tools.merging import (
     is_mapped,
     values_per_sample,
 )
-from normjax.tools.models import kind_of, nnx_copy, nnx_modules, nnx_replaced
+from normjax.tools.models import (
+    Norm,
+    kind_of,
+    nnx_copy,
+    nnx_modules,
+    nnx_replaced,
+)
+from normjax.tools.replace_nnx import called_as, known_fields
+from normjax.tools.replace_rules import is_own
 
 NAME = "recalibrate"
 
@@ -65,9 +73,18 @@ class BatchNorm(nnx.BatchNorm):
 def _stand_in(norm: Any, path: Path, normalize_with: str, number: int) -> BatchNorm:
     """A norm with the fields and the variables of another one."""
     names = set(inspect.signature(nnx.BatchNorm.__init__).parameters)
-    fields = fields_of(NAME, path, norm, names, normalize_with)
-    of = BatchNorm(**fields, rngs=flax_nnx.Rngs(0))
-    of.scale, of.bias, of.mean, of.var = norm.scale, norm.bias, norm.mean, norm.var
+    own: Any = BatchNorm
+    if is_own(norm):
+        words = tuple(map(str, path))
+        fields = known_fields(NAME, Norm(words, "BatchNorm", norm))
+        fields |= {"normalize_with": normalize_with, "missing_axis": "ignore"}
+        called: Any = type(norm)
+        own = called_as(BatchNorm, called, NAME, words)
+    else:
+        fields = fields_of(NAME, path, norm, names, normalize_with)
+    of = own(**fields, rngs=flax_nnx.Rngs(0))
+    for name in ("scale", "bias", "mean", "var"):
+        setattr(of, name, getattr(norm, name, None))
     of.merged = MergedStat(Merged.empty(norm.mean[...], number))
     return of
 

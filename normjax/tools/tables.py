@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from normjax import _check
@@ -74,8 +75,9 @@ def norm_table(variables: Any) -> list[Row]:
     wherever in the tree they are; what an optimizer keeps is left out.
 
     Args:
-      variables: linen's variables, nnx's state or pure dictionary, or a checkpoint that
-        has them somewhere within it; arrays that numpy can read.
+      variables: linen's variables, in boxes of partitioning too, nnx's state or pure
+        dictionary, or a checkpoint that has them somewhere within it; arrays that numpy
+        can read.
 
     Returns:
       One `Row` for each norm, sorted by path, numbers in names by their size.
@@ -131,6 +133,8 @@ def norm_table(variables: Any) -> list[Row]:
 
 def _arrays(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple, Any]]:
     """The leaves of a tree with the names that lead to them."""
+    if hasattr(tree, "replace_boxed"):  # a box of Flax around one array
+        (tree,) = jax.tree.leaves(tree) or (None,)
     if hasattr(tree, "_asdict"):
         tree = tree._asdict()
     elif isinstance(tree, (list, tuple)):
