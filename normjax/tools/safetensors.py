@@ -99,10 +99,15 @@ def read(source: Source) -> dict[str, np.ndarray]:
 
 def json_of(source: Source, text: bytes, what: str) -> Any:
     """Reads JSON that makes no more objects than reading may; no name comes twice."""
+    check_parts(source, text, what)
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def check_parts(source: Source, text: bytes, what: str, each: int = OBJECT) -> None:
+    """Refuses JSON that makes more objects than reading may, of so many bytes each."""
     # Each of these begins an object of Python, or it is in a word and begins none.
     count = sum(text.count(mark) for mark in b",:[{") + 1
-    source.need(count * OBJECT + 4 * len(text), f"{what} of {count} parts")
-    return json.loads(text, object_pairs_hook=_unique)
+    source.need(count * each + 4 * len(text), f"{what} of {count} parts")
 
 
 def _unique(pairs: list) -> dict:
@@ -184,6 +189,14 @@ def read_index(source: Source, max_bytes: int | None) -> dict[str, np.ndarray]:
         left = None
         if max_bytes is not None:
             left = max(0, max_bytes - sum(a.nbytes for a in found.values()))
+        if not path.exists():
+            raise _check.error(
+                FileNotFoundError,
+                source.caller,
+                "the files of an index must lie beside it",
+                f"{source.path}, and no {file!r}",
+                "Get all files that it names",
+            )
         with bounds.opened(source.caller, path, left) as shard:
             arrays = read(shard)
         if twice := sorted(set(arrays) & set(found)):
