@@ -18,6 +18,7 @@ import os
 import pathlib
 import pickle
 import re
+import resource
 import select
 import shutil
 import subprocess
@@ -228,7 +229,12 @@ def kind_of(number, kinds):
 
 
 def peak(reset=False):
-    """The largest memory of this process in bytes, since it was last reset."""
+    """The largest memory of this process in bytes, since it was last reset.
+
+    Only Linux can reset it.
+    """
+    if not sys.platform.startswith("linux"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if reset:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     status = pathlib.Path("/proc/self/status").read_text()

@@ -259,6 +259,8 @@ def _of_torch(tree: dict[str, Any], called: str = "") -> dict[str, Any]:
     if plain and "weight" in tree and len(shape) == 1 and "scale" not in tree:
         if names or _NORM.search(called) or np.shape(bias) == shape:
             names["weight"] = "scale"
+    if "count" in names.values() and "num_batches_tracked" in tree:
+        tree = tree | {"num_batches_tracked": np.float32(tree["num_batches_tracked"])}
     taken = set(tree) & set(names.values())
     return tree if taken else {names.get(name, name): a for name, a in tree.items()}
 
