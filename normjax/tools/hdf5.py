@@ -137,9 +137,13 @@ class _Reader:
         seen, groups = {root}, [("", self.header(root))]
         while groups:
             prefix, group = groups.pop()
+            keys: set[str] = set()
             for key, kind, address in self.links(group):
                 name = prefix + key
                 self.spend(len(name))
+                if key in keys or not key or "/" in key:
+                    damaged(f"the name {key[:100]!r} in a group")
+                keys.add(key)
                 if kind != "HardLink":
                     raise self.source.refused(
                         "a file must hold its arrays itself, without links",
@@ -173,21 +177,18 @@ class _Reader:
         if version in (2, 3):
             fields = self.summed(0, 48, signature)
             _, offsets, lengths, flags = fields.bytes(4)
-            fields.number()  # the base, which is where it is
-            _, end, root = fields.number(), fields.number(), fields.number()
+            base, _, end, root = (fields.number() for _ in range(4))
             if version == 3 and flags & 5:
                 damaged("who wrote it did not close it")
         elif version in (0, 1):
             fields = self.signed(0, 96 + 4 * version, signature)
             _, _, _, _, _, offsets, lengths, _ = fields.bytes(8)
-            fields.bytes(8 + 4 * version + 16)
-            end = fields.number()
-            fields.bytes(16)
-            root = fields.number()
+            fields.bytes(8 + 4 * version)
+            base, _, end, _, _, root = (fields.number() for _ in range(6))
         else:
             damaged(f"version {version} of HDF5 is not known")
-        if (offsets, lengths) != (8, 8):
-            damaged("it has addresses that are not of 8 bytes")
+        if (offsets, lengths, base) != (8, 8, self.base):
+            damaged("its addresses are not of 8 bytes, from where it begins")
         if end > self.source.size:
             damaged(f"it ends before the {end} bytes that it says it has")
         return root
@@ -217,6 +218,7 @@ class _Reader:
         size, _, place = part.number(), part.number(), part.number()
         names = self.at(place, size)
         nodes: list[tuple[int, int | None]] = [(tree, None)]
+        last = ""
         seen = set()
         while nodes:
             address, level = nodes.pop()
@@ -224,7 +226,11 @@ class _Reader:
                 damaged("a node of a group is in two places")
             seen.add(address)
             if level == -1:
-                yield from self.entries(address, names)
+                for link in self.entries(address, names):
+                    if link[0].encode() <= last.encode():
+                        damaged("the names of a group are out of order")
+                    last = link[0]
+                    yield link
                 continue
             part = self.signed(address, 24, b"TREE\0")
             found, count = part.number(1), part.number(2)
@@ -471,6 +477,7 @@ class _Heap:
     def __init__(self, reader: _Reader, address: int):
         self.reader = reader
         self._known: dict[int, list[int]] = {}  # children by address
+        self._blocks: dict[int, bytes] = {}
         part = reader.summed(address, 146, b"FRHP\0")
         identity, filters, flags = part.number(2), part.number(2), part.number(1)
         largest = part.number(4)
@@ -487,7 +494,8 @@ class _Heap:
             damaged("the heap of a group has filters, or blocks of no size")
         self.wide = width_of(2**bits - 1) if bits else 0
         self.length = min(width_of(self.most - 1), width_of(largest))
-        self.before = 13 + self.wide + 4 * bool(flags & 2)
+        self.summed = bool(flags & 2)
+        self.before = 13 + self.wide + 4 * self.summed
         if identity < 1 + self.wide + self.length:
             damaged("the heap of a group has names of no size")
 
@@ -500,7 +508,23 @@ class _Heap:
         address, inside, size = self.block(place)
         if not self.before <= inside <= size - length:
             damaged("a name of a group is not in its heap")
-        return self.reader.at(address + inside, length)
+        return self.of_block(address, size)[inside : inside + length]
+
+    def of_block(self, address: int, size: int) -> bytes:
+        """The bytes of a block, which have a checksum in their midst."""
+        if address not in self._blocks:
+            data = self.reader.signed(address, size, b"FHDB\0").data
+            if self.summed:
+                end = self.before - 5
+                known, whole = data[end - 4 : end], b"FHDB\0" + data[: end - 4]
+                whole += bytes(4) + data[end:]
+                self.reader.spend(size)
+                if checksum(whole) != number_of(known):
+                    damaged(f"the checksum of FHDB at {address}")
+            self._blocks[address] = b"FHDB\0" + data
+        if len(self._blocks[address]) != size:
+            damaged("a block of a heap is in two places")
+        return self._blocks[address]
 
     def block(self, place: int) -> tuple[int, int, int]:
         """The address of a block, the place in it, and how many bytes it has."""

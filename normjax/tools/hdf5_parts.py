@@ -53,14 +53,17 @@ class Fields:
 def shape_of(data: bytes) -> tuple[int, ...] | None:
     """The shape of an array; None where it is of nothing."""
     fields = Fields(data)
-    version, rank, _, kind = fields.bytes(4)
+    version, rank, flags, kind = fields.bytes(4)
     if version not in (1, 2):
         damaged(f"version {version} of a shape")
     if version == 1:
         fields.bytes(4)
     elif kind == 2:
         return None
-    return tuple(fields.number() for _ in range(rank))
+    shape = tuple(fields.number() for _ in range(rank))
+    if flags & 1 and any(n > fields.number() for n in shape):
+        damaged(f"the shape {list(shape)} is larger than it may become")
+    return shape
 
 
 # By bytes: where a float's sign, exponent and mantissa lie, and the exponent's bias.
