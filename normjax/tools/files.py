@@ -95,13 +95,13 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
     ``.weights.h5`` with ``model.load_weights``.
 
     Args:
-      path: of the file, which is replaced if it is there; of a link, what it leads to.
-        Its name ends in ``.safetensors`` or ``.h5``.
+      path: of the file, which is replaced if it is there, and keeps its mode; of a
+        link, what it leads to. Its name ends in ``.safetensors`` or ``.h5``.
       weights: arrays by name, or tensors on the CPU.
 
     Raises:
-      ValueError: if the name ends in something else, or an array has a dtype or a name
-        that such a file has not.
+      ValueError: if the name ends in something else, is that of a pipe or a device, or
+        an array has a dtype or a name that such a file has not.
       FileNotFoundError: if the folder is not there.
       ImportError: if h5py is missing for ``.h5``.
 
