@@ -148,6 +148,18 @@ def test_the_length_of_a_word_takes_no_memory(tmp_path):
     assert fuzz_files.held()[1] - before < 20e6
 
 
+@pytest.mark.parametrize("version", ["earliest", "latest"])
+def test_many_words_in_few_heaps_are_read(version, tmp_path):
+    """Small arrays of bfloat16: their words are most of the file, and read once."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w", libver=version) as file:
+        for i in range(600):
+            file[f"{i}/v"] = np.full((), i % 7, ml_dtypes.bfloat16)
+            file[f"{i}/v"].attrs["dtype"] = "bfloat16"
+    got = tools.read_weights(path)
+    assert all(got[f"{i}/v"] == i % 7 for i in range(600)) and len(got) == 600
+
+
 def test_a_checksum_of_hdf5_is_looked_at(tmp_path):
     path = of_keras(tmp_path)
     data = path.read_bytes()
@@ -203,17 +215,45 @@ def test_parts_of_hdf5_that_lie_on_one_another_are_not_read_without_end(tmp_path
     )
 
 
+@pytest.mark.parametrize("version", ["earliest", "latest"])
+def test_small_arrays_with_long_paths_are_read(version, tmp_path):
+    path, folder = tmp_path / "a.h5", "/".join(["group_of_groups"] * 40)
+    with h5py.File(path, "w", libver=version) as file:
+        for i in range(300):
+            file[f"{folder}/{i}"] = i
+    got = tools.read_weights(path)
+    assert [int(got[f"{folder}/{i}"]) for i in range(300)] == [*range(300)]
+
+
 def test_names_of_hdf5_that_add_up_are_bounded(tmp_path):
     """One long name, of which each link is an end: 400 MB of names in 300 kB."""
+    path, count = tmp_path / "a.h5", 2000
+    data = bytearray(old_group([("n" * 200_000, 0)] + [("", 0)] * (count - 1)))
+    table, objects = data.index(b"SNOD") + 8, len(data)
+    for i in range(count):  # longer and longer, so that they are in order
+        place, address = count - i, objects + 24 * i
+        struct.pack_into("<QQ", data, table + 40 * i, place, address)
+    empty = struct.pack("<BBHII4x", 1, 0, 1, 1, 8) + struct.pack("<HHB3x", 10, 0, 0)
+    path.write_bytes(data + empty * count)
+    said = refused(tools.read_weights, path, megabytes=120)
+    assert ": the structure of groups and datasets, about " in said
+    assert said.startswith("read_weights: reading must take no more memory than max_b")
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("a", "a"), ("",), ("a/b",)])
+def test_names_of_hdf5_are_in_order_and_plain(names, tmp_path):
     path = tmp_path / "a.h5"
-    data = bytearray(old_group([("n" * 200_000, 0)] + [("x", 0)] * 2000))
-    table = data.index(b"SNOD") + 8
-    for i in range(2001):
-        struct.pack_into("<Q", data, table + 40 * i, i)
-        struct.pack_into("<Q", data, table + 40 * i + 8, data.index(b"HEAP"))
+    data = old_group([(name, 0) for name in names])
+    empty = struct.pack("<BBHII4x", 1, 0, 1, 1, 8) + struct.pack("<HHB3x", 10, 0, 0)
+    data = bytearray(data + empty * len(names))
+    for i in range(len(names)):
+        place = data.index(b"SNOD") + 16 + 40 * i
+        struct.pack_into("<Q", data, place, len(data) - 24 * (i + 1))
     path.write_bytes(data)
     said = refused(tools.read_weights, path)
-    assert said.startswith("read_weights: a file of Keras must be HDF5, whole. Got ")
+    assert (
+        "the names of a group are out of order" in said or "the name 'a/b' in" in said
+    )
 
 
 def test_a_circle_of_hdf5_ends(tmp_path):

@@ -95,7 +95,8 @@ class _Reader:
     """Follows the structures of a file."""
 
     def __init__(self, source: Source):
-        self.source, self.base, self.spent = source, 0, 0
+        self.source, self.base, self.spent, self.named = source, 0, 0, 0
+        self.collections: dict[int, dict[int, tuple[int, int]]] = {}  # by address
 
     # Bytes of the file. All that is read is counted, so that parts that lie on one
     # another are not read without end.
@@ -106,12 +107,14 @@ class _Reader:
         self.spend(count)
         return self.source.at(self.base + address, count)
 
-    def spend(self, count: int) -> None:
-        self.spent += count
+    def spend(self, count: int, named: int = 0) -> None:
+        """Counts bytes that are read, and those of names, which are longer as paths."""
+        self.spent, self.named = self.spent + count, self.named + named
         if self.spent > 3 * self.source.size + 4096:
             damaged("its parts lie on one another")
         # A message of four bytes and more becomes some objects of Python.
-        self.source.need(3 * self.spent, "the structure of groups and datasets")
+        needed = 3 * self.spent + self.named
+        self.source.need(needed, "the structure of groups and datasets")
 
     def signed(self, address: int, count: int, signature: bytes) -> Fields:
         """A structure that begins with its signature, without it."""
@@ -140,7 +143,7 @@ class _Reader:
             keys: set[str] = set()
             for key, kind, address in self.links(group):
                 name = prefix + key
-                self.spend(len(name))
+                self.spend(0, 4 * len(name))
                 if key in keys or not key or "/" in key:
                     damaged(f"the name {key[:100]!r} in a group")
                 keys.add(key)
@@ -250,7 +253,7 @@ class _Reader:
             end = names.find(b"\0", place)
             if end < 0 or kind > 2:
                 damaged("a name of a group has no end")
-            self.spend(end - place)
+            self.spend(0, 4 * (end - place))
             name = _name(names[place:end])
             yield name, "SoftLink" if kind == 2 else "HardLink", header
 
@@ -411,17 +414,23 @@ class _Reader:
 
     def of_collection(self, address: int, index: int) -> bytes:
         """An object of a collection, as which values of variable length are kept."""
+        if address not in self.collections:
+            self.collections[address] = dict(self.collection(address))
+        if index not in self.collections[address]:
+            damaged("the value of an attribute is not where it says")
+        return self.at(*self.collections[address][index])
+
+    def collection(self, address: int) -> Iterator[tuple[int, tuple[int, int]]]:
+        """The place and size of each object of a collection, by its number."""
         part = self.signed(address, 16, b"GCOL\1\0\0\0")
         end = address + part.number()
         address += 16
         while address + 16 <= end:
             number, _, _, size = struct.unpack("<HHIQ", self.at(address, 16))
-            if number == index and number:
-                return self.at(address + 16, size)
-            if number == 0:
-                break
+            if number == 0:  # the rest is free
+                return
+            yield number, (address + 16, size)
             address += 16 + -(-size // 8) * 8
-        damaged("the value of an attribute is not where it says")
 
 
 class _Header:
