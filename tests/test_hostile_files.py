@@ -591,7 +591,20 @@ def test_json_of_orbax_is_bounded(tmp_path):
     path = zarr(tmp_path)
     file = path / "w" / ".zarray"
     whole = file.read_text()
-    file.write_text(whole[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    deep = "[" * 100_000 + "]" * 100_000
+    for start, before in [
+        ("", ""),
+        (" " * 100, ""),
+        ("\ufeff", ""),
+        ("", f'"n": {"9" * 5000}, '),
+        ("", '"w": "\x7f\t", '),
+    ]:
+        file.write_text(f'{start}{{{before}"x": {deep}, {whole[1:]}')
+        assert "RecursionError" in refused(checkpoints.load, path)
+    file.write_bytes(f'{{"x": {deep}, "w": "'.encode() + b'\xff"}')
+    assert "RecursionError" in refused(checkpoints.load, path)
+    (path / "w").rename(tmp_path / "elsewhere")
+    (path / "w").symlink_to(tmp_path / "elsewhere")
     assert "RecursionError" in refused(checkpoints.load, path)
     file.write_text(" \n" + whole[:-1] + ', "x": [' + "1," * 1_000_000 + "1]}")
     said = refused(checkpoints.load, path)

@@ -180,24 +180,23 @@ def _check_regular(caller: str, path: Any, status: os.stat_result) -> None:
         )
 
 
-def check_folder(caller: str, path: pathlib.Path) -> int:
-    """Refuses a folder with pipes or devices in it; returns how many bytes it holds.
+def files_of(caller: str, path: pathlib.Path) -> dict[pathlib.Path, int]:
+    """The files in a folder and how large they are; refuses pipes and devices.
 
     Links are followed, each folder once.
     """
-    total, seen = 0, set()
+    found, seen = {}, set()
     for folder, folders, files in os.walk(path, followlinks=True):
         status = os.stat(folder)
         if (place := (status.st_dev, status.st_ino)) in seen:
             folders.clear()
             continue
         seen.add(place)
-        for name in files:
-            file = os.path.join(folder, name)
+        for file in (pathlib.Path(folder, name) for name in files):
             try:
                 status = os.stat(file)
             except FileNotFoundError:  # a link to nothing
                 continue
             _check_regular(caller, file, status)
-            total += status.st_size
-    return total
+            found[file] = status.st_size
+    return found

@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -368,8 +368,10 @@ def _check_header(path: pathlib.Path, member: zipfile.ZipInfo, file: Any) -> Non
 
 def _folder(path: pathlib.Path, max_bytes: int | None) -> Any:
     found = _orbax(path)
-    size = bounds.check_folder("checkpoint", found)
-    return _restored(found, bounds.most("checkpoint", max_bytes, size))
+    files = bounds.files_of("checkpoint", found)
+    most = bounds.most("checkpoint", max_bytes, sum(files.values()))
+    _check_json(files, most)
+    return _restored(found, most)
 
 
 def _orbax(path: pathlib.Path) -> pathlib.Path:
@@ -398,18 +400,19 @@ def _step(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _check_json(path: pathlib.Path, most: int) -> None:
+def _check_json(files: Iterable[pathlib.Path], most: int) -> None:
     """Refuses JSON of more objects than memory may hold, or nested too deeply.
 
     The library that reads it otherwise ends the process.
     """
-    for file in path.rglob("*"):
-        if file.is_file():
-            with bounds.opened("checkpoint", file, most) as source:
-                if source.at(0, 64).lstrip()[:1] in (b"{", b"["):
-                    _check_parts(source, source.at(0, source.size))
-    for folder in (m.parent for m in path.rglob("manifest.ocdbt")):
-        _check_database(folder, most)
+    for file in files:
+        with bounds.opened("checkpoint", file, most) as source:
+            # Whitespace and a mark of UTF-8 may come before it.
+            start = source.at(0, 64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            if start in (b"", b"{", b"["):
+                _check_parts(source, source.at(0, source.size))
+        if file.name == "manifest.ocdbt":
+            _check_database(file.parent, most)
 
 
 def _check_database(folder: pathlib.Path, most: int) -> None:
@@ -428,9 +431,11 @@ def _check_database(folder: pathlib.Path, most: int) -> None:
 
 def _check_parts(source: Source, text: bytes) -> None:
     safetensors.check_parts(source, text, "JSON", _OBJECT)
-    # What is no JSON, numbers that begin as it does, is for others to read.
+    # As leniently as anybody reads it: what is no JSON even so, numbers that begin like
+    # it, is for others to read.
+    words = text.decode("utf-8", "replace").lstrip("\ufeff")
     with contextlib.suppress(ValueError):
-        json.loads(text)
+        json.loads(words, strict=False, parse_int=float)
 
 
 def _wide(leaf: Any) -> int:
@@ -459,7 +464,6 @@ def _restored(path: pathlib.Path, most: int) -> Any:
             f"{path}, and no orbax",
             "Run pip install orbax-checkpoint",
         ) from fault
-    _check_json(path, most)
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
         leaves = [m for m in jax.tree.leaves(tree) if hasattr(m, "shape")]
