@@ -199,19 +199,57 @@ def old_group(links):
 
 
 def test_parts_of_hdf5_that_lie_on_one_another_are_not_read_without_end(tmp_path):
-    """Many objects, each of which is nearly all of the file."""
-    path = tmp_path / "a.h5"
-    count = 4000
-    filler = struct.pack("<HHB3x", 0, 0, 0) * 40_000
-    base = len(old_group([(f"{i:05}", 0) for i in range(count)]))
-    links = [(f"{i:05}", base + 8 * i) for i in range(count)]
-    header = struct.pack("<BBHII4x", 1, 0, 5, 1, len(filler) - 8 * count - 32)
-    data = bytearray(old_group(links) + filler)
-    for _, address in links[::2]:
-        data[address : address + 16] = header
+    """A thousand objects that go on in the same part of 240 kB."""
+    path, count, messages = tmp_path / "a.h5", 1000, 30_000
+    names = [f"{i:05}" for i in range(count)]
+    objects = len(old_group([(name, 0) for name in names]))
+    data = old_group([(name, objects + 40 * i) for i, name in enumerate(names)])
+    shared = len(data) + 40 * count
+    for _ in names:
+        data += struct.pack("<BBHII4x", 1, 0, messages + 1, 1, 24)
+        data += struct.pack("<HHB3xQQ", 0x10, 16, 0, shared, 8 * messages)
+    data += struct.pack("<HHB3x", 10, 0, 0) + bytes(8) * (messages - 1)
     path.write_bytes(data)
-    assert refused(tools.read_weights, path, megabytes=60).startswith(
-        f"read_weights: a file of Keras must be HDF5, whole. Got {path}: "
+    assert refused(tools.read_weights, path, megabytes=60) == (
+        f"read_weights: a file of Keras must be HDF5, whole. Got {path}: 'the file':"
+        f" its parts lie on one another. {AGAIN}"
+    )
+
+
+def test_a_group_of_a_megabyte_of_names_is_read(tmp_path):
+    """Its heap has blocks of blocks within blocks."""
+    path, names = tmp_path / "a.h5", [f"{i:04}" + "n" * 500 for i in range(1500)]
+    with h5py.File(path, "w", libver="latest") as file:
+        for i, name in enumerate(names):
+            file[name] = i
+    got = tools.read_weights(path)
+    assert [int(got[name]) for name in names] == [*range(1500)]
+
+
+OLD = {
+    "superblock": (8, 9, "version 9 of HDF5 is not known"),
+    "addresses": (13, 4, "its addresses are not of 8 bytes, from where it begins"),
+    "base": (24, 1, "its addresses are not of 8 bytes, from where it begins"),
+    "tree": (96, 0, "no TREE\0 at 96"),
+    "object": (-40, 7, "no object at {root}"),
+    "count": (-38, 9, "9 messages at {root}, of which there are others"),
+    "shared": (-20, 2, "a part of an object is kept elsewhere, shared with others"),
+    "letters": (-44, 255, "the name b'\\xff' is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("lie", OLD)
+def test_a_field_of_hdf5_lies(lie, tmp_path):
+    path, (place, value, fault) = tmp_path / "a.h5", OLD[lie]
+    data = bytearray(old_group([("abc", 0)]))
+    root = len(data) - 40
+    data[place] = value
+    if lie == "letters":
+        data[-43] = 0
+    path.write_bytes(data)
+    assert refused(tools.read_weights, path) == (
+        f"read_weights: a file of Keras must be HDF5, whole. Got {path}: 'the file':"
+        f" {fault.format(root=root)}. {AGAIN}"
     )
 
 
@@ -498,6 +536,18 @@ def test_msgpack_of_millions_of_objects_is_refused(data, tmp_path):
     said = refused(checkpoints.load, path)
     what = "more than 666667 objects of msgpack"
     assert said == bound("checkpoint", path, what, 200_000_100)
+
+
+def test_words_in_msgpack_become_nothing_and_take_nothing(tmp_path):
+    path = tmp_path / "a.msgpack"
+    path.write_bytes(
+        to_bytes({"w": "x" * 20_000_000, "b": b"y", "n": None, "s": [1, 2]})
+    )
+    fuzz_files.forget()
+    before, _ = fuzz_files.held()
+    got = checkpoints.load(path)
+    assert fuzz_files.held()[1] - before < 60e6  # the file, and the word
+    assert got == {"w": None, "b": None, "n": None, "s": {"0": 1, "1": 2}}
 
 
 def test_all_kinds_of_msgpack_are_counted_as_one_object_each(tmp_path):
