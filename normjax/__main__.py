@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from normjax import _check, tools
-from normjax.tools.checkpoints import load
+from normjax.tools import checkpoints
 from normjax.tools.tables import rich_table
 
 
@@ -30,16 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(_printable(str(error)), file=sys.stderr)
         return 2
 
 
 def _add_doctor(commands: Any) -> None:
     words = "looks for what goes wrong with norms; exit status 1 where something does"
     parser = commands.add_parser("doctor", help=words, description=words)
-    parser.add_argument(
-        "checkpoint", help="a folder of orbax, a file of msgpack or npz"
-    )
+    _add_checkpoint(parser)
     parser.add_argument("--steps", type=int, help="training steps there were")
     parser.add_argument(
         "--momentum", type=float, help="of its batch norms, the OLD value's part"
@@ -50,8 +48,7 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    tree = load(args.checkpoint)
-    report = tools.doctor(tree, steps=args.steps, momentum=args.momentum)
+    report = tools.doctor(_loaded(args), steps=args.steps, momentum=args.momentum)
     if args.json:
         findings = [f._asdict() for f in report.findings]
         print(json.dumps({**report._asdict(), "findings": findings}, indent=1))
@@ -63,16 +60,14 @@ def _doctor(args: argparse.Namespace) -> int:
 def _add_inspect(commands: Any) -> None:
     words = "prints the table of the norms of a checkpoint"
     parser = commands.add_parser("inspect", help=words, description=words)
-    parser.add_argument(
-        "checkpoint", help="a folder of orbax, a file of msgpack or npz"
-    )
+    _add_checkpoint(parser)
     parser.add_argument("--plot", metavar="PNG", help="draws it, too")
     parser.add_argument("--json", action="store_true", help="prints JSON instead")
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    rows = tools.norm_table(load(args.checkpoint))
+    rows = tools.norm_table(_loaded(args))
     if args.json:
         plain = [_plain({**row._asdict(), "path": row.name}) for row in rows]
         print(json.dumps(plain, indent=1, allow_nan=False))
@@ -85,6 +80,45 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.plot:
         tools.plot_table(rows, path=args.plot)
     return 0
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint",
+        help="a folder of orbax, a file of msgpack, npz or .safetensors, or the"
+        " .safetensors.index.json of several",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="of memory that reading may take; else 200 MB, or twice the file",
+    )
+
+
+def _loaded(args: argparse.Namespace) -> Any:
+    """The tree of the checkpoint, with names that do nothing where they are printed.
+
+    JSON has its own way to write them.
+    """
+    tree = checkpoints.load(args.checkpoint, max_bytes=args.max_bytes)
+    return tree if args.json else _named(tree)
+
+
+def _named(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {_printable(name, "\\"): _named(value) for name, value in tree.items()}
+
+
+def _printable(text: str, marks: str = "") -> str:
+    """The text with what does not print, and ``marks``, as it is written in Python.
+
+    A name can hold what moves a terminal's cursor, or turns the text around.
+    """
+    return "".join(
+        c if c.isprintable() and c not in marks else ascii(c)[1:-1] for c in text
+    )
 
 
 def _plain(value: Any) -> Any:

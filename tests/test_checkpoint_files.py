@@ -18,7 +18,7 @@ from flax.serialization import to_bytes
 from golden import write
 
 from normjax.__main__ import main
-from normjax.tools import checkpoints, models
+from normjax.tools import bounds, checkpoints, models
 
 GOLDEN = pathlib.Path(write.__file__).parent
 TREE = {
@@ -99,7 +99,7 @@ def hostile(kind):
     if kind == "claim":  # an array of as many as it likes
         return b"\x81\xa1a\xdd\xff\xff\xff\xff"
     if kind == "deep":
-        return b"\x81\xa1a" * 5000 + b"\xc0"
+        return b"\x81\xa1a" * 1100 + b"\xc0"
     if kind == "object":
         inner = msgpack.packb(((1,), "O", b"\0" * 8))
         return msgpack.packb({"a": msgpack.ExtType(1, inner)})
@@ -163,14 +163,15 @@ DAMAGED = (
         ("number", "a checkpoint must hold a tree of names. Got {path} of int. " + KINDS),
         ("lies", "an array must be as large as it says. Got a.npy in {path}, 16 bytes for"
          " float32 of shape (10000000000,). Copy it again from where it was written."),
-        ("bomb", "a checkpoint must not hold more than 100 times what it takes on disk."
-         " Got {path} of {size} bytes, which says it holds 2097280. Copy it again from"
-         " where it was written, if you trust who wrote it."),
+        ("bomb", "reading must take no more memory than max_bytes, which is the larger of"
+         " 1048576 and twice the file unless it is given. Got {path}: 1 arrays, about"
+         " 2097280 bytes, and max_bytes=1048576. If you trust the file, pass"
+         " max_bytes=2097280, or more; on the command line --max-bytes."),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_checkpoint_is_refused(kind, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoints, "LIMIT", 2**20)
+    monkeypatch.setattr(bounds, "DEFAULT", 2**20)
     path = tmp_path / "checkpoint"
     path.write_bytes(hostile(kind))
     with pytest.raises(ValueError) as error:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -319,6 +320,7 @@ REPACK = "Save it with Keras 3, or type: h5repack -f NONE -l CONTI in.h5 out.h5.
 SAVE = "Save it with Keras 3: model.save_weights('model.weights.h5')."
 ONCE = "a file must hold groups and datasets, each in one place"
 STORED = "a dataset must declare just what is stored of it, within the file"
+NUMBERS = "datasets must hold numbers, of a dtype that numpy has"
 LINKS = "a file must hold its arrays itself, without links"
 
 
@@ -403,14 +405,14 @@ H5 = {
     ),
     "object": (
         create(data=["a"], dtype=h5py.string_dtype()),
-        "datasets must hold numbers",
-        "'layers/w' of dtype object",
+        NUMBERS,
+        "'layers/w', of HDF5's class variable-length",
         "Leave it out of the file.",
     ),
     "structure": (
         create(data=np.zeros(2, [("a", "f4")])),
-        "datasets must hold numbers",
-        "'layers/w' of dtype [('a', '<f4')]",
+        NUMBERS,
+        "'layers/w', of HDF5's class compound",
         "Leave it out of the file.",
     ),
 }
@@ -641,9 +643,10 @@ def test_without_torch_a_pt_says_what_to_type(tmp_path, monkeypatch):
     assert str(error.value) == (
         "read_weights: a .pt file is a pickle, which can run code; only torch, with"
         f" weights_only=True, may read it. Got {path}, and no torch. Type where torch is:"
-        ' python -c "import torch, safetensors.torch as s; s.save_file({k:'
-        f" v.contiguous().clone() for k, v in torch.load('{path}',"
-        f" weights_only=True).items()}}, '{path.with_suffix('.safetensors')}')\"."
+        ' python -c "import sys, torch, safetensors.torch as s; s.save_file({k:'
+        " v.contiguous().clone() for k, v in torch.load(sys.argv[1],"
+        ' weights_only=True).items()}, sys.argv[2])"'
+        f" {path} {path.with_suffix('.safetensors')}."
     )
     assert not marker.exists()
 
@@ -654,14 +657,17 @@ def test_the_line_to_type_converts(tmp_path, monkeypatch):
 
     shared = torch.arange(6.0)
     state = {"a": shared[:3], "b": shared, "t": shared.reshape(2, 3).T}
-    torch.save(state, tmp_path / "a.pt")
+    name = 'it\'s $(touch ran) `touch ran` & "all"'
+    torch.save(state, tmp_path / f"{name}.pt")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
         with pytest.raises(ImportError) as error:
-            tools.read_weights(tmp_path / "a.pt")
-    line = str(error.value).split("Type where torch is: python -c ")[1].strip('".')
-    exec(line, {})
-    got = tools.read_weights(tmp_path / "a.safetensors")
+            tools.read_weights(tmp_path / f"{name}.pt")
+    line = str(error.value).split("Type where torch is: python ")[1].removesuffix(".")
+    line = f"{sys.executable} {line}"
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path, timeout=120)
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.pt", f"{name}.safetensors"}
+    got = tools.read_weights(tmp_path / f"{name}.safetensors")
     assert_same_bits(
         got, {k: np.ascontiguousarray(v.numpy()) for k, v in state.items()}
     )
@@ -873,7 +879,7 @@ def test_files_of_other_names_are_refused(tmp_path):
         tools.read_weights("model.ckpt")
     assert str(error.value) == (
         "read_weights: the name of a file must end in one of .safetensors, .pt, .pth,"
-        " .keras, .h5. Got model.ckpt. Save the weights as .safetensors, say."
+        " .keras, .h5, .safetensors.index.json. Got model.ckpt. Save the weights as .safetensors, say."
     )
     with pytest.raises(ValueError) as error:
         tools.write_weights(tmp_path / "model.pt", {})
@@ -908,14 +914,13 @@ def test_files_of_other_names_are_refused(tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    path = tmp_path / "a.h5"
-    path.write_bytes(b"")
     with pytest.raises(ImportError) as error:
-        tools.read_weights(path)
-    assert str(error.value) == (
-        f"read_weights: files of Keras need h5py. Got {path}, and no h5py. Type pip"
-        " install 'normjax[convert]'."
-    )
+        tools.write_weights(tmp_path / "a.h5", {"a": np.ones(1)})
+    said = str(error.value)
+    assert said.startswith("write_weights: writing files of Keras needs h5py. Got ")
+    assert said.endswith(", and no h5py. Type pip install 'normjax[convert]'.")
+    # Reading them does not.
+    assert len(tools.read_weights(write_weights.KERAS)) == 21
 
 
 def test_a_keras_file_holds_what_its_h5_does(tmp_path):

@@ -118,7 +118,7 @@ def norm_table(variables: Any) -> list[Row]:
         _row(path, arrays)
         for path, arrays in nodes.items()
         if {"mean", "var"} <= set(arrays)
-        or ("scale" in arrays and "mean" not in arrays and path not in kernels)
+        or ({"mean", "var", "scale"} & set(arrays) == {"scale"} and path not in kernels)
     ]
     if not rows:
         raise _check.error(
