@@ -1,13 +1,10 @@
 """What modules take as epsilon: what Flax's take."""
 
-import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from systems import NAMES, SYSTEMS
-
-import normjax.linen
 
 both = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 X = 3 * jax.random.normal(jax.random.key(0), (4, 5, 6)) + 2
