@@ -8,7 +8,7 @@ WORKERS ?= auto
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
-.PHONY: demo compare test test-processes lint types format bench test-flax accuracy docs notebook clean
+.PHONY: demo compare test test-processes lint types format fuzz bench test-flax accuracy docs notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
@@ -25,6 +25,15 @@ test: $(DONE) lint types
 # Real processes that train together, are killed, hang, or are told to leave.
 test-processes: $(DONE)
 	$(PY) -m pytest -m processes -n 2
+
+# Drawn calls of norms, then damaged files, half the time each: `make fuzz MINUTES=5`.
+MINUTES ?= 60
+SEED ?= 0
+FUZZERS := $(wildcard tests/fuzz_norms.py tests/fuzz_files.py)
+fuzz: $(DONE)
+	status=0; for f in $(FUZZERS); do $(PY) $$f --seed $(SEED) --minutes \
+	  $$(echo $(MINUTES) $(words $(FUZZERS)) | awk '{ print $$1 / $$2 }') || status=1; \
+	done; exit $$status
 
 lint: $(DONE)
 	$(PY) -m ruff check .
