@@ -27,7 +27,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ALGOPERF = "algoperf.workloads"
 BONSAI = "bonsai.models"
-LM = "dtype=float, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32, max_len=16"
+LM = "dtype=float, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32"
+LM += ", max_len=16"
 VIT = "hidden_size=16, transformer=dict(num_layers=2, mlp_dim=32, num_heads=2"
 IMAGES = "normal(4, 32, 32, 3)"
 
@@ -272,7 +273,8 @@ ROWS = [
         "google-deepmind/nanodo",
         ".",
         "nanodo.model",
-        "TransformerDo(DoConfig(D=16, H=2, L=8, N=2, V=11, F=32, dtype=float, fsdp_enabled=False))",
+        "TransformerDo(DoConfig(D=16, H=2, L=8, N=2, V=11, F=32, dtype=float,"
+        " fsdp_enabled=False))",
         TOKENS,
     ),
     _row(

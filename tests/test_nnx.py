@@ -226,3 +226,15 @@ def test_groups_that_do_not_fit(groups):
     num_groups, group_size = groups
     with pytest.raises(ValueError, match=r"^GroupNorm: .*(must be set|must divide)"):
         nnx.GroupNorm(6, num_groups, group_size, rngs=flax.nnx.Rngs(0))
+
+
+def test_running_statistics_pass_no_derivative():
+    """As in Flax: a loss of a later call does not reach back by what they keep."""
+    x = normal((8, 3)) + 4
+
+    def loss(x):
+        norm = nnx.BatchNorm(3, momentum=0.5, rngs=flax.nnx.Rngs(0))
+        norm(x)
+        return (norm.mean[...] + norm.var[...]).sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(x), jnp.zeros_like(x))
