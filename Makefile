@@ -59,7 +59,7 @@ test-clients: $(DONE)
 
 # Faults put into normjax/ one at a time, and which test sees each: a sample, or with
 # `make mutants MUTANTS="--all normjax/_axes.py"` every one of a file.
-MUTANTS ?= --minutes 15
+MUTANTS ?= --minutes 20
 mutants: $(DONE)
 	$(PY) tests/mutants.py $(MUTANTS)
 
