@@ -278,15 +278,6 @@ ROWS = [
         TOKENS,
     ),
     _row(
-        "jaxrl-critic",
-        "ikostrikov/jaxrl",
-        ".",
-        "jaxrl.networks.common",
-        "MLP((8, 8), dropout_rate=0.1)",
-        "(normal(8, 4),)",
-        "training=t",
-    ),
-    _row(
         "bonsai-convnext",
         JAX_BONSAI,
         ".",
@@ -418,7 +409,8 @@ def _moved(tree):
 
 
 def results(row, made):
-    """Outputs, gradients and statistics of a model, as a flat dictionary."""
+    """Outputs, gradients and statistics of a model, as a flat dictionary, and in which
+    dtype its program computes."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -460,15 +452,17 @@ def results(row, made):
             after = nnx.split(copy, nnx.Param, ...)[2]
             return loss(y), (y, after)
 
-    found = {}
+    found, narrow = {}, False
     for mode, arguments in (("train", train), ("infer", infer)):
         grad = jax.grad(lambda p, a=arguments: run(p, a), has_aux=True)
-        gradients, (y, after) = jax.jit(_bound(row, grad))(params)
+        program = jax.jit(_bound(row, grad))
+        narrow |= bool(re.search(r"\bf32\[\d", str(program.trace(params).jaxpr)))
+        gradients, (y, after) = program(params)
         parts = {"y": y, "gradients": gradients, "state": after}
         for path, a in jax.tree_util.tree_leaves_with_path(parts):
             if jnp.issubdtype(a.dtype, jnp.number):
                 found[mode + jax.tree_util.keystr(path)] = a
-    return found
+    return found, "less" if narrow else "float64"
 
 
 def compare(ours, theirs):
@@ -587,12 +581,10 @@ def run_row(row, folder) -> dict:
             made = _made(row, folder)
         except ImportError as error:
             return {"skipped": f"it imports what is not here: {error}"}
-        theirs = results(row, made)
+        theirs, dtype = results(row, made)
         _swap()
-        ours = results(row, _made(row, folder))
+        ours, _ = results(row, _made(row, folder))
         worst = compare(ours, theirs)
-        dtypes = {str(a.dtype) for k, a in ours.items() if k.startswith("train['y']")}
-    dtype = "float64" if dtypes == {"float64"} else "less"
     return {"worst": worst, "dtype": dtype, "tools": tools_on(row, _made(row, folder))}
 
 
