@@ -8,7 +8,7 @@ WORKERS ?= auto
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
-.PHONY: demo compare test test-processes lint types format bench test-flax accuracy docs notebook clean
+.PHONY: demo compare test test-processes lint types format fuzz mutants test-peers test-wheel test-clients bench test-flax accuracy docs notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
@@ -18,13 +18,59 @@ compare: $(DONE)
 
 # A file's tests share what they compile, so that a worker gets whole files.
 # `make test OPTIONS=--optimized` compiles as users do; it takes longer.
+# `make test CHECKS=` leaves out what no compiler and no version changes.
 OPTIONS ?=
-test: $(DONE) lint types
+CHECKS ?= lint types
+test: $(DONE) $(CHECKS)
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(OPTIONS)
 
 # Real processes that train together, are killed, hang, or are told to leave.
 test-processes: $(DONE)
 	$(PY) -m pytest -m processes -n 2
+
+# Tests beside torch, Keras, Haiku and Equinox, all of which must be here. Of torch a
+# build for CPUs alone is taken; its index is given as pip takes it, where pip does not
+# know one: `make test-peers TORCH="torch --index-url URL"`.
+TORCH ?= torch==2.13.0+cpu
+test-peers: $(PEERS)
+	$(PY) -c "import torch" 2>/dev/null || \
+	  $(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PY) -c "import torch, keras, haiku, equinox"
+	$(PY) -m pytest -n $(WORKERS) -m skipif tests/test_convert.py tests/test_files.py
+
+# The wheel in an environment of its own: a smoke test beside the newest of what it needs,
+# then, beside the oldest that pyproject.toml declares, that and some of the tests.
+WHEEL := .venv-wheel
+MINIMUM := tests/test_moments.py tests/test_linen.py tests/test_nnx.py tests/test_tools.py
+test-wheel: $(DONE)
+	rm -rf $(WHEEL) dist && $(PYTHON) -m venv $(WHEEL)
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd $(WHEEL) && bin/python ../tests/smoke.py
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  pytest pytest-xdist hypothesis $$($(PY) tests/smoke.py --oldest)
+	cd $(WHEEL) && bin/python ../tests/smoke.py
+	$(WHEEL)/bin/pytest -n $(WORKERS) --dist loadfile $(MINIMUM)
+
+# Public models with their norms swapped, from checkouts under a folder, and every tool on
+# each. `make test-clients` says which checkouts.
+test-clients: $(DONE)
+	$(PY) tests/clients.py $(CLIENTS)
+
+# Faults put into normjax/ one at a time, and which test sees each: a sample, or with
+# `make mutants MUTANTS="--all normjax/_axes.py"` every one of a file.
+MUTANTS ?= --minutes 20
+mutants: $(DONE)
+	$(PY) tests/mutants.py $(MUTANTS)
+
+# Drawn calls of norms, then damaged files, half the time each: `make fuzz MINUTES=5`.
+MINUTES ?= 60
+SEED ?= 0
+FUZZERS := $(wildcard tests/fuzz_norms.py tests/fuzz_files.py)
+fuzz: $(DONE)
+	status=0; for f in $(FUZZERS); do $(PY) $$f --seed $(SEED) --minutes \
+	  $$(echo $(MINUTES) $(words $(FUZZERS)) | awk '{ print $$1 / $$2 }') || status=1; \
+	done; exit $$status
 
 lint: $(DONE)
 	$(PY) -m ruff check .

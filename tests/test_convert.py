@@ -1452,3 +1452,23 @@ def test_a_preset_of_something_else_is_refused(library):
         " BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm. Got"
         f" library={library!r}, norm='BatchNorm'. Pass library='torch', norm='BatchNorm', say."
     )
+
+
+@pytest.mark.parametrize(
+    ("library", "batch", "others"),
+    [
+        ("flax", (0.99, 1e-5, "biased", False), (1e-6, 1e-6, 1e-6, 1e-6)),
+        ("torch", (0.9, 1e-5, "unbiased", False), (1e-5, 2.0**-23, 1e-5, 1e-5)),
+        ("keras", (0.99, 1e-3, "biased", False), (1e-3, 1e-6, 1e-3, 1e-3)),
+        ("haiku", (None, 1e-5, "biased", True), (1e-5, 1e-5, 1e-5, 1e-5)),
+    ],
+)
+def test_presets_have_the_numbers_of_each_librarys_documentation(
+    library, batch, others
+):
+    """Where the libraries are not installed, too."""
+    of = tools.preset(library, "BatchNorm")
+    names = ("momentum", "epsilon", "running_variance", "debias")
+    assert tuple(of.get(name) for name in names) == batch
+    norms = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+    assert tuple(tools.preset(library, n)["epsilon"] for n in norms) == others

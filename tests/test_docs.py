@@ -1,5 +1,6 @@
 """The documentation has every public name; its code runs, its links lead somewhere."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -7,18 +8,25 @@ import subprocess
 import sys
 import warnings
 
+import flax.linen as nn
+import jax
 import pytest
+from contexts import mesh
+from jax.sharding import PartitionSpec
 from test_house import PUBLIC
+
+from normjax import linen, tools
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 PAGES = {p.relative_to(DOCS).as_posix(): p for p in sorted(DOCS.rglob("*.md"))}
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page, language):
     """The fenced blocks of a page, each below as many empty lines as precede it."""
-    text = PAGES[page].read_text()
+    text = PAGES.get(page, ROOT / page).read_text()
     for found in FENCE.finditer(text):
         if found[1] == language:
             yield "\n" * text.count("\n", 0, found.start(2)) + found[2]
@@ -40,6 +48,63 @@ def test_code_of_a_page_runs(page):
         warnings.simplefilter("error")
         for block in blocks(page, "python"):
             exec(compile(block, str(PAGES[page]), "exec"), names)
+
+
+class Readme(nn.Module):
+    """A model such as the README's examples speak of."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3), name="conv")(x)
+        x = linen.BatchNorm(use_running_average=not train, name="encoder")(x)
+        return nn.Dense(2, name="head")(x.mean((1, 2)))
+
+
+def readme_names():
+    """What the README's blocks take for granted."""
+    import safetensors.numpy
+
+    x, images = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(SHAPES))
+    model = Readme()
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    variables = model.init(jax.random.key(2), images)
+    for _ in range(9):
+        variables = {**variables, **apply(variables, images)[1]}
+    weights = {k: v.copy() for k, v in tools.to_torch(variables).items()}
+    safetensors.numpy.save_file(weights, "model.safetensors")
+    return {
+        "C": 32,
+        "P": PartitionSpec,
+        "apply": apply,
+        "batches": [images, images + 1],
+        "first": x[:2],
+        "functools": functools,
+        "images": images,
+        "jax": jax,
+        "mesh": mesh((8,), ("data",)),
+        "model": model,
+        "new_images": [images - 1],
+        "residual": x,
+        "rest": x[2:],
+        "variables": variables,
+        "x": x,
+        **{name: jax.numpy.ones(32) for name in ("scale", "bias")},
+    }
+
+
+SHAPES = (8, 6, 32), (16, 8, 8, 3)
+
+
+def test_code_of_the_readme_runs(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = list(blocks("README.md", "python"))
+    assert len(found) == README.read_text().count("```python") > 0
+    names = readme_names()
+    for block in found:
+        exec(compile(block, str(README), "exec"), names)
+    # The block of sync defines what shard_map runs.
+    assert names["forward"](names["x"], names["scale"]).shape == names["x"].shape
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -950,6 +950,14 @@ def test_calibrated_statistics_differ_from_a_batchs_by_chance():
     assert found(mean=CALIBRATED["mean"], var=CALIBRATED["var"] * 100)
 
 
+@pytest.mark.parametrize(("errors", "is_found"), [(2, False), (4, True)])
+def test_a_mean_is_off_by_chance_up_to_three_standard_errors(errors, is_found):
+    few = SAMPLES[:8]
+    mean = few.mean(0) + errors * few.std(0) / 8**0.5
+    report = looked_at(lambda y, off: off * 9, few, mean=mean, var=few.var(0))
+    assert (("train-eval-gap", "norm") in named(report)) == is_found
+
+
 def test_before_the_first_step_initialization_is_no_fault():
     half = np.array([0.0, 0, 1, 1], np.float32)
     outputs = functools.partial(lambda y, off: (y * half, off))

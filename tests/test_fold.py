@@ -1,6 +1,7 @@
 """Folding: the same outputs without the norm, or a reason why the norm stays."""
 
 import functools
+import importlib
 
 import flax
 import flax.linen as nn
@@ -17,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 import normjax.nnx
 from normjax import linen, tools
 from normjax.tools import models
+
+fold = importlib.import_module("normjax.tools.fold")  # which a function hides
 
 C = 4
 LAYERS = {
@@ -882,3 +885,16 @@ def test_a_model_that_asks_what_is_mutable_is_folded_as_apply_has_it():
         ValueError, match="norm: it normalizes by the statistics of the"
     ):
         tools.fold(Asking(), variables, x, mutable=["batch_stats"], seconds=0)
+
+
+def test_the_speedup_is_the_time_of_the_model_over_that_of_the_folded_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(fold.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    assert fold._speedup([takes(3.0), takes(1.0)], 0.0) == 3.0

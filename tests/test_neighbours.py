@@ -11,6 +11,7 @@ import pytest
 from contexts import mesh
 from family import assert_close
 from flax import nnx
+from jax import lax
 from jax.sharding import PartitionSpec as P
 from systems import NAMES, Linen, Nnx
 
@@ -371,3 +372,70 @@ def test_an_activation_of_complex_values_is_differentiated(norm):
     got = jax.jit(jax.grad(loss(lambda x: f(x, activation=jnp.sin))))(x)
     want = jax.jit(jax.grad(loss(lambda x: jnp.sin(f(x)))))(x)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+X3 = jnp.linspace(0.1, 0.9, 8).reshape(2, 4)
+CHEAP = {
+    "abs add and bitcast_convert_type broadcast_in_dim ceil clamp": lambda x: (
+        abs(x) + x,
+        (x > 0) & (x < 1),
+        lax.bitcast_convert_type(x, jnp.int32),
+        jnp.broadcast_to(x[0], (3, 4)),
+        lax.ceil(x),
+        lax.clamp(0.0, x, 1.0),
+    ),
+    "complex conj real imag convert_element_type copy cos div eq": lambda x: (
+        lax.real(lax.conj(lax.complex(x, x))),
+        lax.imag(lax.complex(x, x)),
+        x.astype(jnp.int32),
+        lax.copy_p.bind(x),
+        lax.cos(x) / x,
+        x == 0.5,
+    ),
+    "erf exp exp2 expm1 floor ge gt integer_pow iota is_finite le": lambda x: (
+        lax.erf(x) + lax.exp(x) + lax.exp2(x) + lax.expm1(x) + lax.floor(x),
+        (x >= 0, x > 0, x <= 0, lax.is_finite(x)),
+        lax.integer_pow(x, 3) + lax.iota(jnp.float32, 4),
+    ),
+    "log log1p logistic lt max min mul ne neg not or pad pow": lambda x: (
+        lax.log(x) * lax.log1p(x) * lax.logistic(-x),
+        lax.max(x, x) + lax.min(x, x),
+        ~((x < 0) | (x != 0)),
+        lax.pad(x, 0.0, [(0, 1, 0), (0, 0, 0)]),
+        lax.pow(x, x),
+    ),
+    "reduce_precision rem reshape rev round rsqrt select_n sign sin": lambda x: (
+        lax.reduce_precision(x, 8, 10),
+        lax.rem(x, x),
+        x.reshape(4, 2),
+        lax.rev(x, (0,)),
+        lax.round(x),
+        lax.rsqrt(x) * lax.sign(x) * lax.sin(x),
+        lax.select(x > 0, x, x),
+    ),
+    "concatenate slice split sqrt square squeeze sub tanh transpose xor": lambda x: (
+        lax.concatenate([x, x], 0),
+        lax.slice(x, (0, 0), (1, 2)),
+        lax.split(x, (1, 1)),
+        lax.sqrt(x) - lax.square(x),
+        lax.squeeze(x[:1], (0,)),
+        lax.tanh(x).T,
+        (x > 0) ^ (x < 1),
+    ),
+    "optimization_barrier stop_gradient": lambda x: (
+        lax.optimization_barrier(x),
+        lax.stop_gradient(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("names", CHEAP)
+def test_operations_on_single_elements_and_of_shape_are_computed_again(names):
+    eqns = jax.make_jaxpr(CHEAP[names])(X3).jaxpr.eqns
+    found = {e.primitive.name: e for e in eqns}
+    # What stop_gradient is to JAX is no operation of its own.
+    assert set(names.split()) - {"stop_gradient"} <= found.keys()
+    for name in set(names.split()) & found.keys():
+        eqn = found[name]
+        avals = [v.aval for v in eqn.invars]
+        assert not normjax.remat_policy(eqn.primitive, *avals, **eqn.params), name

@@ -710,3 +710,17 @@ def test_a_layer_with_a_bias_is_no_norm_that_a_call_does_not_reach():
                 " tools.find_norms finds in the model.",
             ):
                 other.apply(variables, X, method="first")
+
+
+@pytest.mark.parametrize("new", ["layer", "group", "instance", "rms"])
+def test_device_axes_of_a_batch_norm_are_not_carried_over(new):
+    """They divide the batch, over which no other norm reduces."""
+    model = nn.Sequential(
+        [nn.BatchNorm(False, axis_name="d", axis_index_groups=[[0, 1]], name="norm")]
+    )
+    fields = {"num_groups": 2} if new == "group" else {}
+    other = tools.replace(model, "batch", new, **fields)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    (norm,) = tools.find_norms(other, x)
+    assert norm.module.axis_name is None and norm.module.axis_index_groups is None
+    other.apply(other.init(jax.random.key(1), x), x)  # and outside of devices it runs

@@ -457,3 +457,24 @@ def test_sub_groups_of_no_axis(system, name):
     norm = system(name, x, axis_index_groups=[[0, 1]], **fields)
     with pytest.raises(ValueError, match="divides the devices of axis_name"):
         norm(x, **running)
+
+
+@both
+def test_missing_axes_beside_sub_groups_are_all_missing_or_an_error(system):
+    """Sub-groups number the devices of all axes, and say nothing without one."""
+    x = batches(1, (16, 3))[0]
+    fields = {
+        "axis_name": ("d", "e"),
+        "axis_index_groups": [[0, 1, 2, 3], [4, 5, 6, 7]],
+        "missing_axis": "ignore",
+    }
+    norm = system("BatchNorm", x, **fields)
+    plain = system("BatchNorm", x)
+    close(norm(x, use_running_average=False), plain(x, use_running_average=False))
+
+    def step(x):
+        return system("BatchNorm", x, **fields)(x, use_running_average=False)
+
+    rule = r"^batch_norm: axis_name must name an axis of the .* Got axis_name='e'"
+    with pytest.raises(ValueError, match=rule):
+        jax.vmap(step, axis_name="d")(x.reshape(8, 2, 3))

@@ -431,3 +431,9 @@ def test_bad_replicas_are_named(call, message):
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("changed", [0, 7])
+def test_the_usual_replica_is_that_of_most_and_not_the_first(changed):
+    (drift,) = tools.find_drift([placed(A, P(), changed=[changed])])
+    assert [d.id for d in drift.devices] == [changed]
