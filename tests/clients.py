@@ -399,7 +399,7 @@ def _moved(tree):
     def moved(path, a):
         seed = sum(map(ord, jax.tree_util.keystr(path)))
         noise = np.random.default_rng(seed).uniform(-0.1, 0.1, np.shape(a))
-        return np.asarray(a, np.float64) + noise
+        return jax.numpy.asarray(np.asarray(a, np.float64) + noise)
 
     def each(path, a):
         floating = jax.numpy.issubdtype(jax.numpy.result_type(a), np.floating)
