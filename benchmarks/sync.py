@@ -25,7 +25,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import normjax.linen
-from normjax import _moments
+from normjax import _devices
 
 DEVICES = 8
 CHANNELS = (64, 256, 1024, 2048)
@@ -155,7 +155,7 @@ def one_is_faster(network: Network, channels: int, devices: int) -> bool:
 def taken(channels: int, devices: int, limit: int | None = None) -> bool:
     """Whether normjax takes one all-reduce; or would, up to so many bytes."""
     (size,) = buffers(channels, devices, True)
-    return size <= (_moments.ONE_ALL_REDUCE_BYTES if limit is None else limit)
+    return size <= (_devices.ONE_ALL_REDUCE_BYTES if limit is None else limit)
 
 
 def worst(limit: int | None = None) -> tuple[float, int, int]:
@@ -237,7 +237,7 @@ def main() -> None:
     header = ["network", "channels", "devices", "one, µs", "two, µs"]
     print(cases.table([*header, "taken", "over the faster"], modelled()))
     print()
-    for limit in (_moments.ONE_ALL_REDUCE_BYTES, *OTHER_LIMITS):
+    for limit in (_devices.ONE_ALL_REDUCE_BYTES, *OTHER_LIMITS):
         ratio, channels, devices = worst(limit)
         where = f"{channels} channels on {devices} devices"
         print(f"One up to {limit >> 10} KiB: {ratio:.2f} times the faster, at {where}")

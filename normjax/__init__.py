@@ -5,9 +5,9 @@ Flax modules are in `normjax.linen`, which is never imported from here.
 
 from normjax._fused import add_layer_norm as add_layer_norm
 from normjax._fused import add_rms_norm as add_rms_norm
+from normjax._measure import moments as moments
 from normjax._moments import Moments as Moments
 from normjax._moments import merge as merge
-from normjax._moments import moments as moments
 from normjax._normalize import normalize as normalize
 from normjax._norms import batch_norm as batch_norm
 from normjax._norms import group_norm as group_norm

@@ -13,27 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from normjax import _axes, _check, _moments
-from normjax._moments import (
+from normjax import _axes, _check, _moments, _numbers
+from normjax._devices import Reduction
+from normjax._measure import (
     Kept,
-    Moments,
-    Reduction,
-    added,
-    by_parts,
-    counted,
     distance,
     dot_averages,
     kept,
     measured,
     moments_dot,
-    own,
-    product,
-    rstd_of,
     tangents_of,
-    unit_of,
     var_dots,
-    widened,
 )
+from normjax._moments import Moments, rstd_of, unit_of
+from normjax._numbers import added, by_parts, counted, own, product, widened
 from normjax._types import ArrayLike, Axes, DTypeLike, Scalar
 
 # The name of the moments that a norm keeps for its backward pass. A policy of
@@ -80,14 +73,14 @@ def _standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any
       y and the moments, which broadcast against x. Both may be differentiated, in
       forward and reverse mode, to any order.
     """
-    m, var = measured(x, where, r, _moments.statistics_dtype(x, dtype))
+    m, var = measured(x, where, r, _numbers.statistics_dtype(x, dtype))
     y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
     return y, dataclasses.replace(m, var=var)
 
 
 def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     x, scale, bias, where = primals
-    m, var = measured(x, where, r, _moments.statistics_dtype(x, dtype))
+    m, var = measured(x, where, r, _numbers.statistics_dtype(x, dtype))
     m, var = named((m, var))
     y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
     tangents = tangents_of(where, primals, tangents)
@@ -165,7 +158,7 @@ def standardize_traced(x, scale, bias, where, epsilon, r, dtype, view: View):
     """
 
     def norm(x, scale, bias, where):
-        m, var = measured(x, where, r, _moments.statistics_dtype(x, dtype))
+        m, var = measured(x, where, r, _numbers.statistics_dtype(x, dtype))
         m, var = named((m, var))
         y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
         return y, dataclasses.replace(m, var=var)
@@ -301,7 +294,7 @@ def normalized(
     scale, bias = lay("scale", scale), lay("bias", bias)
     operands = {"x": x, "scale": scale, "bias": bias, "moments.mean": moments.mean}
     dtype = _check.output_dtype(name, dtype, operands)
-    stat = _moments.statistics_dtype(x, dtype)
+    stat = _numbers.statistics_dtype(x, dtype)
     mean = widened(lay("moments.mean", moments.mean), stat)
     var = lay("moments.var", moments.var).astype(stat)
     rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import jax
 
-from normjax import _axes, _check, _moments
-from normjax._moments import Moments, Reduction
+from normjax import _axes, _check, _devices, _moments, _numbers
+from normjax._devices import Reduction
+from normjax._moments import Moments
 from normjax._normalize import (
     MOMENTS,
     View,
@@ -29,7 +30,7 @@ def _activated(name: str, norm: Callable, activation: Callable | None) -> Callab
 
     def f(where, *operands):
         y, m = norm(where, *operands)
-        return _moments.counted(_check.activated(name, activation, y), where), m
+        return _numbers.counted(_check.activated(name, activation, y), where), m
 
     return _computed_again(f)
 
@@ -46,7 +47,7 @@ def _norm(
     bias = _axes.lay(name, "bias", bias, along, x.shape)
     operands = {"x": x, "scale": scale, "bias": bias}
     dtype = _check.output_dtype(name, dtype, operands)
-    epsilon = _check.epsilon(name, epsilon, _moments.statistics_dtype(x, dtype))
+    epsilon = _check.epsilon(name, epsilon, _numbers.statistics_dtype(x, dtype))
     view = view or View()
     # XLA of jax 0.10 on a CPU sums several times slower past an axis of size 1. One
     # that lies over an explicit mesh stays: its gradient would not lie there again.
@@ -208,7 +209,7 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
     y, m = _norm(name, x, scale, bias, along, over, where=where, view=view, **common)
     m = _moments.merge(m, batch)
     if r.names:
-        m = _moments.opened(_moments.across_devices(m, r, _moments.counts_of(where)))
+        m = _moments.opened(_devices.across_devices(m, r, _devices.counts_of(where)))
     return y, jax.tree.map(lambda a: _axes.features_of(a, features), m)
 
 

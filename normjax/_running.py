@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _axes, _check, _trees
-from normjax._moments import Moments, added, by_parts, product, uniform, widened
-from normjax._moments import counted as zeroed
+from normjax._moments import Moments, uniform
+from normjax._numbers import added, by_parts, product, widened
+from normjax._numbers import counted as zeroed
 from normjax._types import Axes, DTypeLike, Scalar
 
 

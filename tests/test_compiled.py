@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normjax
-from normjax import _moments
+from normjax import _devices
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -116,7 +116,7 @@ def test_sub_groups_of_one_size_sync_among_themselves_alone(way, counts):
 
 
 def test_large_moments_sync_in_two_all_reduces(monkeypatch):
-    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 8)
+    monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", 8)
     jax.clear_caches()  # of what was traced with the other limit
     x, scale, bias, _ = arguments("plain")
 

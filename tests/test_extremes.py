@@ -8,7 +8,7 @@ from contexts import MAPPED
 from family import FAMILY
 
 import normjax
-from normjax import _moments
+from normjax import _devices, _measure, _moments, _numbers
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -51,7 +51,7 @@ def close(got, want, tolerance):
 
 
 def scaled(a, size):
-    return _moments.scaled(a, size)
+    return _numbers.scaled(a, size)
 
 
 @pytest.mark.parametrize("kind", ["plain", "masked", "weighted"])
@@ -84,11 +84,11 @@ def test_norms_of_large_values_are_those_of_small_ones(norm, kind, float64):
                 close(wide(of_large) * (size / start), dx, 100 * float(info.eps))
 
 
-@pytest.mark.parametrize("bytes_", [_moments.ONE_ALL_REDUCE_BYTES, 0])
+@pytest.mark.parametrize("bytes_", [_devices.ONE_ALL_REDUCE_BYTES, 0])
 @pytest.mark.parametrize("norm", ["batch", "rms"])
 def test_synced_norms_of_large_values_are_those_of_the_whole(norm, bytes_, monkeypatch):
     """With a device whose values are small, and two whose means are far apart."""
-    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", bytes_)
+    monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", bytes_)
     row = FAMILY[norm]
     start, size = 2.0**20, 2.0**120
     x = data("float32", (2, 16, 1, 6))
@@ -140,14 +140,14 @@ def test_moments_and_what_merges_are_right_up_to_the_largest_value():
 def test_sums_in_float64_and_in_units_give_the_same_moments(kind, dtype):
     """What a CPU does and what others do, and both as float64 has it."""
     where = masks(kind)
-    r = _moments.Reduction((0, 1, 2))
+    r = _devices.Reduction((0, 1, 2))
     for size in (2.0**-50, 1.0, 2.0**50, 2.0**66, 2.0**122):
         for shift in (0, 6):
             x = data(dtype)
             x = scaled(x + jnp.asarray(shift, x.dtype), size)
-            x = _moments.counted(x, where)
-            double = jax.jit(lambda x, w: _moments._in_double(x, w, r))(x, where)
-            units = jax.jit(lambda x, w: _moments._in_dtype(x, w, r, jnp.float32))(
+            x = _numbers.counted(x, where)
+            double = jax.jit(lambda x, w: _measure._in_double(x, w, r))(x, where)
+            units = jax.jit(lambda x, w: _measure._in_dtype(x, w, r, jnp.float32))(
                 x, where
             )
             weights = (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import normjax
-from normjax import _moments
+from normjax import _devices, _measure
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -133,11 +133,11 @@ def test_merge_along_an_axis_adds_counts_exactly(counts):
 def test_counts_of_large_arrays_are_exact():
     shape = jax.ShapeDtypeStruct((2**12 + 1, 2**13, 1), jnp.float32)
     where = jax.ShapeDtypeStruct((2**12 + 1, 2**13, 1), bool)
-    count, carry = _moments._count(shape, None, (0, 1), jnp.float32)
+    count, carry = _measure._count(shape, None, (0, 1), jnp.float32)
     total = (2**12 + 1) * 2**13
     assert int(count[0, 0, 0]) + int(carry[0, 0, 0]) == total
     count, carry = jax.jit(
-        lambda: _moments._count(shape, jnp.ones(where.shape, bool), (0, 1), jnp.float32)
+        lambda: _measure._count(shape, jnp.ones(where.shape, bool), (0, 1), jnp.float32)
     )()
     assert int(count[0, 0, 0]) + int(carry[0, 0, 0]) == total
 
@@ -224,9 +224,9 @@ def test_counts_neither_wrap_nor_stop():
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     for mask in (None, jnp.ones((1, 1, 2), bool)):
         count, carry = (
-            _moments._count(x, mask, (0, 1), jnp.float32)
+            _measure._count(x, mask, (0, 1), jnp.float32)
             if mask is None
-            else jax.jit(lambda m: _moments._count(x, m, (0, 1), jnp.float32))(mask)
+            else jax.jit(lambda m: _measure._count(x, m, (0, 1), jnp.float32))(mask)
         )
         total = np.asarray(count, np.float64) + np.asarray(carry, np.float64)
         np.testing.assert_array_equal(total, np.full((1, 1, 2), float(n)))
@@ -281,10 +281,10 @@ def across(context, x, where, axis=(0, 1, 2), groups=None):
 
 @pytest.mark.parametrize("context", MAPPED)
 @pytest.mark.parametrize("mask", ["plain", "masked", "weighted"])
-@pytest.mark.parametrize("bytes_", [_moments.ONE_ALL_REDUCE_BYTES, 0])
+@pytest.mark.parametrize("bytes_", [_devices.ONE_ALL_REDUCE_BYTES, 0])
 def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch):
     """With device means 100 std apart, in one all-reduce and in two."""
-    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", bytes_)
+    monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", bytes_)
     x = (
         normal((6, 16, 2, 3))
         + 100 * jnp.repeat(jnp.arange(8.0), 2)[None, :, None, None]
@@ -309,7 +309,7 @@ def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch)
 def test_sync_of_sub_groups_is_that_of_each_alone(context, kind, how, monkeypatch):
     """Of unequal sizes; where jax itself raises too; NaN stays in its own group."""
     if how == "two":
-        monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 0)
+        monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", 0)
     groups = [[0, 3, 5], [1], [2, 4, 6, 7]]
     if how == "apart":
         groups = [[0, 3], [1, 6], [2, 4], [7, 5]]
@@ -351,8 +351,8 @@ def test_sync_counts_exactly_beyond_float32():
 
     def local(high, low):
         m = normjax.Moments(high, high * 0, high * 0, low)
-        r = _moments.Reduction((0,), names=("d",))
-        return _moments.across_devices(m, r, "mask")
+        r = _devices.Reduction((0,), names=("d",))
+        return _devices.across_devices(m, r, "mask")
 
     m = jax.vmap(local, axis_name="d", out_axes=None)(high, low)
     assert int(m.count[0]) + int(m.carry[0]) == 8 * (2**24 + 1)
@@ -416,7 +416,7 @@ def test_running_moments_work_in_a_jitted_scan_with_a_traced_momentum():
 
 def test_two_collectives_correct_the_rounding_of_the_mean(monkeypatch):
     """The variance about a rounded mean is 4e-5 too large, at mean / std = 1e5."""
-    monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 0)
+    monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", 0)
     x = normal((8, 37, 5)) + 1e5
     take = functools.partial(normjax.moments, axis=0, axis_name="d")
     m = jax.jit(jax.vmap(take, axis_name="d"))(x)

@@ -16,7 +16,7 @@ from systems import SYSTEMS
 import normjax
 import normjax.linen
 import normjax.nnx
-from normjax import _moments, tools
+from normjax import _devices, tools
 from normjax._running import blend
 
 both = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
@@ -201,7 +201,7 @@ def test_bad_updates_are_left_out_on_all_devices(
 ):
     """Whatever one device has, all that sync with it leave out the same."""
     if not one:  # all-reduce of rows
-        monkeypatch.setattr(_moments, "ONE_ALL_REDUCE_BYTES", 0)
+        monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", 0)
     context, members = MAPPED[context], GROUPS[groups]
     x = X.reshape(2, 8, 4)
     # Infinite on one device, infinite and less than that on two, NaN on another.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import _check, _module, _moments
+from normjax import _check, _devices, _measure, _module, _moments
 from normjax._moments import Moments
 from normjax.tools.kinds import registered_kinds, takes_kinds
 from normjax.tools.models import (
@@ -519,13 +519,13 @@ def _see(
 
     # Of all that a batch norm takes as one batch.
     devices = devices_of(module) if kind == "BatchNorm" else {}
-    m = _moments.moments(x, others, where=where, **devices)
-    n = _moments.moments(y, others, where=where, **devices)
+    m = _measure.moments(x, others, where=where, **devices)
+    n = _measure.moments(y, others, where=where, **devices)
     largest = jnp.max(
         y, others, initial=-jnp.inf, where=None if where is None else where > 0
     )
     if names := devices.get("axis_name"):
-        largest = _moments.gathered(largest, names).max(0)
+        largest = _devices.gathered(largest, names).max(0)
     rows = {
         "mean": m.mean,
         "std": jnp.sqrt(m.var),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normjax import _axes, _check, _moments
+from normjax import _axes, _check, _numbers
 from normjax._moments import Moments
 
 
@@ -50,7 +50,7 @@ class Merged:
         In float64 where JAX has it.
         """
         dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
-        of_mean = _moments.widened(jnp.zeros((), mean.dtype), dtype).dtype
+        of_mean = _numbers.widened(jnp.zeros((), mean.dtype), dtype).dtype
         where = getattr(mean, "sharding", None)
         if not isinstance(where, jax.sharding.NamedSharding):
             where = None
@@ -94,12 +94,10 @@ class Merged:
             for a, t in zip(fields, dtypes, strict=True)
         )
 
-        count, lost = _moments._exact_sum(self.count, n)
-        count, count_rest = _moments._exact_sum(
-            count, lost + (self.count_rest + n_rest)
-        )
+        count, lost = _numbers.exact_sum(self.count, n)
+        count, count_rest = _numbers.exact_sum(count, lost + (self.count_rest + n_rest))
         is_less = n <= self.count
-        share = _moments.divided(jnp.where(is_less, n, self.count), count)
+        share = _numbers.divided(jnp.where(is_less, n, self.count), count)
         old = (self.mean, self.mean_rest, self.var, self.var_rest)
         new = (near, far, of_var, jnp.zeros_like(of_var))
         both = [*zip(old, new, strict=True)]
@@ -107,15 +105,15 @@ class Merged:
         off, off_rest, more, more_rest = (
             jnp.where(is_less, b - a, a - b) for a, b in both
         )
-        spread = (1 - share) * _moments.squared(off + off_rest)
-        mean, mean_rest = _added(mean, mean_rest, _moments.product(share, off))
+        spread = (1 - share) * _numbers.squared(off + off_rest)
+        mean, mean_rest = _added(mean, mean_rest, _numbers.product(share, off))
         var, var_rest = _added(var, var_rest, share * ((more + more_rest) + spread))
         return dataclasses.replace(
             self,
             count=count,
             count_rest=count_rest,
             mean=mean,
-            mean_rest=mean_rest + _moments.product(share, off_rest),
+            mean_rest=mean_rest + _numbers.product(share, off_rest),
             var=var,
             var_rest=var_rest,
             squares=self.squares + squares,
@@ -129,8 +127,8 @@ def _added(
 ) -> tuple[jax.Array, jax.Array]:
     """``(a + rest) + more``, in two parts as it came."""
     # Fixed, or XLA contracts its product with the sum in some of the sum's uses.
-    near = _moments._fixed(more)
-    total, lost = _moments._exact_sum(a, near)
+    near = _numbers.fixed(more)
+    total, lost = _numbers.exact_sum(a, near)
     return total, rest + (lost + (more - near))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from normjax import _check, _module, _moments
+from normjax import _check, _module, _moments, _numbers
 from normjax.tools.kinds import takes_kinds
 from normjax.tools.looks import aligned
 from normjax.tools.merging import Merged, Path, Sweep, is_mapped
@@ -420,7 +420,7 @@ def _statistics(
     What never counted stays as it is.
     """
     dtype = merged.var.dtype
-    old_mean = _moments.widened(old.mean, dtype)
+    old_mean = _numbers.widened(old.mean, dtype)
     old_var, updates = old.var.astype(dtype), merged.updates
     mean, var = merged.mean + merged.mean_rest, merged.var + merged.var_rest
     known = merged.count > 0
@@ -431,7 +431,7 @@ def _statistics(
     if prior is not None:
         prior = prior.astype(dtype)
         share = prior / (prior + merged.samples)
-        mean = _moments.product(share, old_mean) + _moments.product(1 - share, mean)
+        mean = _numbers.product(share, old_mean) + _numbers.product(1 - share, mean)
         var = share * old_var + (1 - share) * var
         if old.count is not None:
             updates = updates + old.count.astype(dtype)

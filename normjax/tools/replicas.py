@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from normjax import _check, _moments
-from normjax._moments import Moments, Reduction
+from normjax import _check, _devices, _moments, _numbers
+from normjax._devices import Reduction
+from normjax._moments import Moments
 
 
 class Drift(NamedTuple):
@@ -243,7 +244,7 @@ def _gathered(mesh: jax.sharding.Mesh, shardings: tuple) -> Any:
     """A program that gives every device the checksums of all, [devices, arrays]."""
     return jax.jit(
         jax.shard_map(
-            lambda arrays: _moments.gathered(checksum(arrays), mesh.axis_names),
+            lambda arrays: _devices.gathered(checksum(arrays), mesh.axis_names),
             mesh=mesh,
             in_specs=([s.spec for s in shardings],),
             out_specs=PartitionSpec(),
@@ -383,14 +384,14 @@ def _joined(path: tuple) -> str:
 def _one(norm: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
     """The statistics of one norm, merged."""
     mean, var = norm["mean"], norm["var"]
-    dtype = _moments.statistics_dtype(mean, var.dtype)
+    dtype = _numbers.statistics_dtype(mean, var.dtype)
     m = Moments(
-        jnp.ones(var.shape, dtype), _moments.widened(mean, dtype), var.astype(dtype)
+        jnp.ones(var.shape, dtype), _numbers.widened(mean, dtype), var.astype(dtype)
     )
     if axis_name is None:
         m = _moments.merge(m, 0)
     else:
-        m = _moments.across_devices(m, Reduction((), names=axis_name), "alike")
+        m = _devices.across_devices(m, Reduction((), names=axis_name), "alike")
     merged = {
         "mean": jnp.broadcast_to(m.mean + m.rest, mean.shape).astype(mean.dtype),
         "var": jnp.broadcast_to(m.var, var.shape).astype(var.dtype),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from normjax import _check, _moments
+from normjax import _check, _numbers
 from normjax.tools.models import Norm, path_of
 
 
@@ -43,7 +43,7 @@ def entropy(logits: Any) -> jax.Array:
             f"logits of {logits.dtype}, shape {logits.shape}",
             "Pass what the model returns before softmax",
         )
-    log_p = jax.nn.log_softmax(logits.astype(_moments.statistics_dtype(logits)))
+    log_p = jax.nn.log_softmax(logits.astype(_numbers.statistics_dtype(logits)))
     p = jnp.exp(log_p)  # 0 for a class whose logit is -inf
     return (p * jnp.where(p > 0, -log_p, 0)).sum(-1)
 

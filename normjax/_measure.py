@@ -1,0 +1,391 @@
+"""Moments of arrays: taken over axes and devices, and their derivative."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from normjax import _axes, _check
+from normjax._devices import Reduction, across_devices, average, counts_of
+from normjax._moments import (
+    SUMMED,
+    Moments,
+    held,
+    in_two_parts,
+    laid_like,
+    merged,
+    near_of,
+    opened,
+    small_unit,
+    unit_of,
+)
+from normjax._numbers import (
+    added,
+    aligned,
+    counted,
+    divided,
+    own,
+    product,
+    scaled,
+    squared,
+    statistics_dtype,
+    weighed,
+    widened,
+)
+from normjax._types import ArrayLike, Axes, AxisNames, Groups
+
+
+def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
+    """Takes the moments of x, to broadcast against x.
+
+    First over the axes, channel by channel; then channels merge into groups, and
+    devices into one batch. The variance is as `unit_of` says.
+    """
+    m = _local(x, where, r, dtype)
+    m = laid_like(m, m.mean)  # a count without a mask lies nowhere yet
+    if r.group_axes:
+        members = jax.tree.map(
+            lambda a: _axes.split_groups(a, r.group_axes, r.num_groups), m
+        )
+        m = merged(members, -1)
+    if r.names:
+        m = across_devices(m, r, counts_of(where))
+    if r.group_axes:
+        shape = tuple(1 if a in r.axes else n for a, n in enumerate(x.shape))
+        m = jax.tree.map(lambda a: _axes.join_groups(a, r.group_axes, shape), m)
+    return m
+
+
+def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
+    """Moments over r.axes: the mean, then the distances from it and their squares.
+
+    E[x**2] - E[x]**2 takes one pass and loses all digits when mean / std is large.
+
+    Squares of float32 may lie beyond float32. On a CPU every sum is a pass over memory,
+    and two of them in float64 are exact and have the range. Elsewhere sums share a
+    pass, float64 may be slow or missing, and one more sum, of values times the small
+    unit, has the range.
+    """
+    if where is not None and where.dtype != jnp.bool_:
+        # What does not count is not there, to derivatives by the weight either.
+        where = jnp.where(where > 0, where, jnp.zeros_like(where))
+    x = counted(x, where)
+    in_dtype = functools.partial(_in_dtype, r=r, dtype=dtype)
+    if dtype != jnp.float32:
+        return in_dtype(x, where)
+    in_double = functools.partial(_in_double, r=r)
+    return lax.platform_dependent(x, where, cpu=in_double, default=in_dtype)
+
+
+def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
+    """Moments in float32 of values of no more than that, from sums in float64."""
+    single = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+    with jax.enable_x64(True):
+
+        def total(a):
+            return weighed(widened(a, jnp.float64), where).sum(r.axes, keepdims=True)
+
+        def in_two_parts(a, dtype):
+            near = a.astype(dtype)
+            return near, (a - near.astype(a.dtype)).astype(dtype)
+
+        if where is None:
+            n = jnp.asarray(math.prod(x.shape[a] for a in r.axes)).astype(jnp.float64)
+            n = squares = jnp.broadcast_to(n, _reduced(x.shape, r.axes))
+        else:
+            weights = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
+            weights = weights.astype(jnp.float64)
+            n = squares = weights.sum(r.axes, keepdims=True)
+            if where.dtype != jnp.bool_:
+                squares = jnp.square(weights).sum(r.axes, keepdims=True)
+        # Half of each distance: between two float32 it may lie beyond float32.
+        off = scaled(x.astype(single), 0.5)
+        mean = rest = jnp.zeros(n.shape, single)
+        if r.centered:
+            mean, rest = in_two_parts(divided(total(x), n), single)
+            off = off - own(scaled(mean, 0.5), 1) - own(scaled(rest, 0.5), 1)
+            off = counted(off, where)
+        var = divided(total(squared(widened(off, jnp.float64))), n, empty=0.25) * 4
+        large = var * np.float64(small_unit(jnp.float32) ** 2)
+        var = held(var.astype(jnp.float32), large.astype(jnp.float32))
+        count, carry = in_two_parts(n, jnp.float32)
+        squares = squares.astype(jnp.float32)
+        return Moments(count, mean, var, carry, rest, squares=squares)
+
+
+def _in_dtype(
+    x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any
+) -> Moments:
+    """Moments in a dtype, from sums in it."""
+    unit = small_unit(dtype)
+    may_overflow = 2 * jnp.finfo(x.dtype).maxexp > jnp.finfo(dtype).maxexp
+    x = widened(x, dtype)
+
+    def average(a):
+        return divided(weighed(a, where).sum(r.axes, keepdims=True), count)
+
+    def off(use, factor):  # one for each use, with its own copies: see `own`
+        if not r.centered:
+            return scaled(x, factor)
+        far = scaled(x, factor) - own(scaled(near, factor), use)
+        return counted(far, where)
+
+    count, carry = _count(x, where, r.axes, dtype)
+    squares = count
+    if where is not None and where.dtype != jnp.bool_:
+        squares = jnp.broadcast_to(where.astype(dtype), x.shape)
+        squares = jnp.square(squares).sum(r.axes, keepdims=True)
+    mean = rest = jnp.zeros(count.shape, x.dtype)
+    if r.centered:
+        near = near_of(average(scaled(x, SUMMED)))
+        rest = scaled(average(off(1, SUMMED)), 1 / SUMMED)
+    var = average(squared(off(2, 1.0))) - squared(rest)
+    var = lax.max(var, jnp.zeros_like(var))
+    if may_overflow:
+        large = average(squared(off(4, unit))) - squared(scaled(rest, unit))
+        var = held(var, large)
+    if r.centered:
+        mean, rest = in_two_parts(near, rest)
+    var = var + (count == 0).astype(dtype)
+    return Moments(count, mean, var, carry, rest, squares=squares)
+
+
+def _reduced(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if a in axes else n for a, n in enumerate(shape))
+
+
+def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: Any):
+    """Counts values, as (count, carry) with the shape of the moments."""
+    shape = _reduced(x.shape, axes)
+    n = math.prod(x.shape[a] for a in axes)
+    if where is None and isinstance(n, int):
+        count = jnp.asarray(n, dtype)
+        carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
+        return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
+    if where is not None:
+        where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
+        if where.dtype != jnp.bool_:
+            count = where.sum(axes, keepdims=True, dtype=dtype)
+            return count, jnp.zeros_like(count)
+        if isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps:
+            # It shares the all-reduce of the sums in the dtype of statistics.
+            count = where.sum(axes, keepdims=True, dtype=dtype)
+            return count, jnp.zeros_like(count)
+    # Of 2**31 values and more, or of as many as jax.export leaves open.
+    few = isinstance(n, int) and n < 2**31
+    with jax.enable_x64(not few or jax.config.read("jax_enable_x64")):
+        if where is None:
+            total = jnp.broadcast_to(jnp.asarray(n), shape)
+        else:
+            total = where.sum(
+                axes, keepdims=True, dtype=jnp.int32 if few else jnp.int64
+            )
+        count = total.astype(dtype)
+        return count, (total - count.astype(total.dtype)).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What derivatives need of moments, and so what is kept for a backward pass."""
+
+    count: jax.Array
+    mean: jax.Array
+    rest: jax.Array
+    var: jax.Array
+
+
+def kept(m: Moments) -> Kept:
+    """Of moments, what derivatives need."""
+    return Kept(m.count, m.mean, m.rest, m.var)
+
+
+def distance(x: jax.Array, m: Any, centered: bool, use: int) -> jax.Array:
+    """``x - mean``, of values times `unit_of` the variance; one for each use of it.
+
+    With its own copies of small arrays: see `own`.
+    """
+    unit = unit_of(m.var)
+    x = product(x, own(unit, use))
+    if not centered:
+        return x
+    return added(
+        added(x, -own(product(unit, m.mean), use)), -own(product(unit, m.rest), use)
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _measured(x, where, r: Reduction, dtype: Any):
+    """Takes the moments of x, with the variance as `unit_of` says, and as users see it.
+
+    Args:
+      x: floating or complex, of rank 1 or more.
+      where: None, or boolean or weights, of the rank of x, broadcasting to it.
+      r: over what the moments are taken.
+      dtype: of the statistics.
+
+    Returns:
+      The moments, which broadcast against x, and their variance, inf where the dtype
+      cannot hold it. All may be differentiated, in forward and reverse mode, to any
+      order.
+    """
+    m = take(x, where, r, dtype)
+    return m, opened(m).var
+
+
+def _measured_jvp(r, dtype, primals, tangents):
+    x, where = primals
+    m, var = measured(x, where, r, dtype)
+    x_dot, where_dot = tangents_of(where, primals, tangents)
+    # A checkpoint keeps for the backward pass just what the map is given. The barrier
+    # of prevent_cse keeps XLA from sharing, and so storing, what both passes compute.
+    dots = jax.checkpoint(functools.partial(_tangent, r), prevent_cse=True)
+    *dots, var_dot, of_held = dots(x, where, kept(m), x_dot, where_dot)
+    return (m, var), (moments_dot(m, *dots, of_held), var_dot)
+
+
+_measured.defjvp(_measured_jvp, symbolic_zeros=True)
+
+
+# Compiled, so that a call outside of jit is one program; inlined, so that a call inside
+# is no boundary to XLA; and traced once for all calls alike.
+measured = jax.jit(_measured, static_argnums=(2, 3), inline=True)
+
+
+def tangents_of(where: jax.Array | None, primals: Any, tangents: Any) -> list:
+    """Tangents as arrays; None for those of a mask, which has none, and of weights that
+    are not differentiated, which then cost nothing.
+    """
+    *tangents, where_dot = tangents
+    if counts_of(where) != "weights" or isinstance(where_dot, SymbolicZero):
+        where_dot = None
+    arrays = [
+        jnp.zeros_like(a) if isinstance(t, SymbolicZero) else t
+        for a, t in zip(primals, tangents, strict=False)
+    ]
+    return [*arrays, where_dot]
+
+
+def moments_dot(m: Moments, mean_dot, count_dot, squares_dot, var_dot) -> Moments:
+    """The tangent of moments; that of a count, where None, is 0."""
+    count_dot, squares_dot = (
+        jnp.zeros_like(m.count) if a is None else a for a in (count_dot, squares_dot)
+    )
+    carry, rest, var_rest = (jnp.zeros_like(a) for a in (m.carry, m.rest, m.var_rest))
+    return Moments(count_dot, mean_dot, var_dot, carry, rest, var_rest, squares_dot)
+
+
+def _tangent(r, x, where, m, x_dot, where_dot):
+    """The derivative of moments, as a map that is linear in its last two arguments."""
+    x, x_dot = (widened(counted(v, where), m.var.dtype) for v in (x, x_dot))
+    c, *dots = dot_averages(r, x, where, m, None, x_dot, where_dot)
+    return *dots, *var_dots(m, c)
+
+
+def var_dots(m: Kept, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tangents of a variance as users see it, and of it as `unit_of` says.
+
+    From ``c = <Re(conj(x - mean) * x_dot)>``, of values times the unit.
+    """
+    unit = unit_of(m.var)
+    ones = jnp.ones_like(unit)
+    return 2 * c / unit, 2 * c * unit * jnp.where(m.var < 0, -ones, ones)
+
+
+def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
+    """What the derivatives of moments and of what they normalize are made of.
+
+        c = <Re(conj(x - mean) * x_dot)>, of values times the unit and a factor
+        a = <x_dot>
+
+    where <.> averages over the reduced axes and the devices, and an uncentered norm has
+    no a. Weights w make <.> = sum(w * .) / sum(w), and add to the averages
+
+        c: sum(w_dot * (|x - mean|**2 - var)) / sum(w) / 2
+        a: sum(w_dot * (x - mean)) / sum(w)
+
+    where they are not 0. Returns c, a, and the tangents of count and of the squares of
+    weights, None where weights have none.
+    """
+
+    def far(use):
+        far = distance(x, m, r.centered, use)
+        return far if factor is None else product(far, own(factor, use))
+
+    terms = [weighed(aligned(counted(far(1), where), x_dot), where)]
+    if r.centered:
+        terms.append(weighed(x_dot, where))
+    if where_dot is not None:
+        unit = unit_of(m.var)
+        w_dot = jnp.broadcast_to(where_dot.astype(m.var.dtype), x.shape)
+        w_dot = counted(w_dot, where)
+        spread = (squared(distance(x, m, r.centered, 3)) - jnp.abs(m.var)) * (
+            0.5 / unit
+        )
+        if factor is not None:
+            spread = spread * factor
+        terms[0] = terms[0] + spread * w_dot
+        if r.centered:
+            far_ = distance(x, m, r.centered, 4)
+            terms[1] = terms[1] + product(product(far_, 1 / unit), w_dot)
+        terms += [w_dot, weighed(2 * w_dot, where)]
+    c, *averages = average(terms, m.count, r)
+    a = averages.pop(0) if r.centered else jnp.zeros_like(m.mean)
+    return c, a, *([v * m.count for v in averages] or (None, None))
+
+
+def moments(
+    x: ArrayLike,
+    axis: Axes,
+    *,
+    where: ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+) -> Moments:
+    """Takes the moments of ``x`` over ``axis``.
+
+    ``mean = sum(x) / count`` and ``var = sum((x - mean)**2) / count``, corrected for
+    the rounding of the mean, in at least float32: right for data far from zero.
+
+    Args:
+      x: ``[...]``, floating or complex.
+      axis: the axes reduced; they are kept with size 1.
+      where: broadcasts to ``x``: boolean, which values count, or floating, the weight,
+        not negative, with which each does. None: all alike.
+      axis_name: device axes, one or several, over which the moments are merged, exactly
+        and weighted by count.
+      axis_index_groups: lists of device numbers along ``axis_name``, of any sizes, that
+        merge each their own. None: all devices together.
+
+    Returns:
+      `Moments` of the shape of ``x`` with the reduced axes of size 1.
+
+    Raises:
+      TypeError: if ``x`` or ``where`` is no array of numbers or one of integers, or an
+        axis name is no name.
+      ValueError: if an axis is out of range or given twice, ``where`` does not
+        broadcast or has one axis less than ``x``, a weight is negative or not finite,
+        an axis name is not bound, or groups do not divide the devices.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax
+      >>> m = normjax.moments(jnp.array([[1.0, 2.0, 3.0, 9.0]]), axis=-1)
+      >>> m.count, m.mean
+      (Array([[4.]], dtype=float32), Array([[3.75]], dtype=float32))
+      >>> m.var
+      Array([[9.6875]], dtype=float32)
+    """
+    name = "moments"
+    x = _check.inexact(name, x)
+    axes = _axes.canonical(name, axis, x.ndim)
+    names, groups = _check.devices(name, axis_name, axis_index_groups)
+    r = Reduction(axes, names=names, groups=groups)
+    where = _check.where(name, where, x.shape)
+    m, var = measured(x, where, r, statistics_dtype(x))
+    return dataclasses.replace(m, var=var)

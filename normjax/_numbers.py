@@ -1,0 +1,147 @@
+"""Numbers: dtypes of statistics, products of real and complex, sums that are exact."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normjax import _axes
+
+
+def exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a + b as rounded, and what the rounding left over (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def statistics_dtype(x: jax.Array, dtype: Any = None) -> Any:
+    """The dtype statistics accumulate in: float32 or what x or y have beyond it.
+
+    Real. The mean of complex x has the complex dtype of this precision.
+    """
+    dtypes = [jnp.float32, x.dtype, x.dtype if dtype is None else dtype]
+    return max((jnp.finfo(d).dtype for d in dtypes), key=lambda d: d.itemsize)
+
+
+def widened(a: jax.Array, dtype: Any) -> jax.Array:
+    """Returns ``a`` in a dtype of statistics, or the complex one of its precision."""
+    if jnp.iscomplexobj(a):
+        dtype = jnp.complex64 if dtype == jnp.float32 else jnp.complex128
+    return a.astype(dtype)
+
+
+def by_parts(f: Callable, a: jax.Array) -> jax.Array:
+    """Applies ``f`` to the real and the imaginary part, if there are two."""
+    return lax.complex(f(a.real), f(a.imag)) if jnp.iscomplexobj(a) else f(a)
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a * b``, where either may be complex and none is made so for it."""
+    if jnp.iscomplexobj(a) == jnp.iscomplexobj(b):
+        return a * b
+    a, b = (a, b) if jnp.iscomplexobj(a) else (b, a)
+    return by_parts(lambda part: part * b, a)
+
+
+def scaled(a: jax.Array, factor: float) -> jax.Array:
+    """``a`` times a number, in its dtype."""
+    return by_parts(lambda part: part * jnp.asarray(factor, part.dtype), a)
+
+
+def added(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a + b``, where either may be complex."""
+    if jnp.iscomplexobj(a) == jnp.iscomplexobj(b):
+        return a + b
+    a, b = (a, b) if jnp.iscomplexobj(a) else (b, a)
+    return a + b.astype(a.dtype)
+
+
+def aligned(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``Re(conj(a) * b)``, what the square is to a product: real, linear in both."""
+    if jnp.iscomplexobj(a):
+        return a.real * b.real + a.imag * b.imag
+    return a * b
+
+
+def squared(a: jax.Array) -> jax.Array:
+    """``|a|**2``."""
+    return aligned(a, a) if jnp.iscomplexobj(a) else jnp.square(a)
+
+
+def own(a: jax.Array, copy: int) -> jax.Array:
+    """Gives a consumer its own copy of a small array, numbered from 1 among them.
+
+    XLA on a CPU stores an expression that two consumers share, though it has the size
+    of x and costs less to compute again. With a copy of the small operand for each, the
+    expressions differ, and nothing of the size of x is stored. A copy of 1 / std also
+    keeps its square root from being taken anew for each value, and the sums before it
+    out of the loop that writes y. Elsewhere a barrier could split a fusion; none is
+    set.
+    """
+    if jax.default_backend() != "cpu":
+        return a
+    # XLA merges barriers of one operand: each copy is a barrier around the one before.
+    for _ in range(copy):
+        a = lax.optimization_barrier(a)
+    if a.shape[-1] == 1:
+        return a
+    # What makes an array that lies along the last axis would be computed anew for each
+    # value there, in spite of the barrier. Divisions are what XLA leaves out of loops.
+    ones = lax.optimization_barrier(jnp.ones(a.shape, jnp.finfo(a.dtype).dtype))
+    return by_parts(lambda part: part / ones, a)
+
+
+def counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Zeroes what does not count, so that NaN there leaves no trace."""
+    if where is None:
+        return x
+    if where.dtype != jnp.bool_:
+        where = where > 0
+    return jnp.where(_axes.sharded_like(where, x), x, jnp.zeros_like(x))
+
+
+def weighed(a: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Multiplies by the weights, where there are other ones than 0 and 1.
+
+    What does not count is zero already.
+    """
+    if where is None or where.dtype == jnp.bool_:
+        return a
+    weights = where.astype(jnp.finfo(a.dtype).dtype)
+    return product(a, _axes.sharded_like(weights, a))
+
+
+def divided(total: jax.Array, count: jax.Array, empty: float = 0.0) -> jax.Array:
+    """``total / count``; where nothing was counted the total is 0, and this ``empty``.
+
+    By arithmetic, since on an explicit mesh a select wants both sharded alike.
+    """
+    nothing = (count == 0).astype(count.dtype)
+    quotient = by_parts(lambda part: part / (count + nothing), total)
+    return quotient + empty * nothing if empty else quotient
+
+
+def times_square(a: jax.Array, factor: jax.Array) -> jax.Array:
+    """``a * factor**2``, where the dtype cannot hold the square.
+
+    XLA would multiply or divide by the square of its own accord.
+    """
+    return lax.optimization_barrier(a * factor) * factor
+
+
+def fixed(a: jax.Array) -> jax.Array:
+    """Rounds a small array to one bit less than its dtype has.
+
+    All its uses then see the same number. Else XLA may compute a mean, a product, anew
+    in each fusion that uses it, and contract it there with the sum that follows.
+    """
+    info = jnp.finfo(a.dtype)
+    return by_parts(lambda p: lax.reduce_precision(p, info.nexp, info.nmant - 1), a)
+
+
+def alone(a: jax.Array, rows: jax.Array) -> jax.Array:
+    """Zeroes all but the rows that are marked."""
+    return jnp.where(rows, a, jnp.zeros_like(a))
