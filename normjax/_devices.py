@@ -12,8 +12,6 @@ from normjax import _axes
 from normjax._moments import (
     SUMMED,
     Moments,
-    beyond,
-    from_unit,
     held,
     in_two_parts,
     in_unit,
@@ -25,7 +23,7 @@ from normjax._moments import (
     opened,
     small_unit,
 )
-from normjax._numbers import alone, by_parts, divided, product, scaled, squared
+from normjax._numbers import alone, divided, hidden, product, scaled, squared
 
 # Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
 # row for each device; above, in two all-reduces of one row each.
@@ -107,20 +105,31 @@ def _across_devices_uncentered(m: Moments, r: Reduction, counts: str) -> Moments
 
 
 def _across_devices_twice(m: Moments, r: Reduction, counts: str) -> Moments:
-    """`across_devices` for large moments: first means, then distances from them."""
-    terms = [product(m.count, scaled(m.mean, SUMMED)), beyond(m).astype(m.var.dtype)]
-    (total, far), count, carry, squares = _sums(terms, m, r, counts)
+    """`across_devices` for large moments: first means, then distances from them.
+
+    Their squares are added up in both units, for their range.
+    """
+    (total,), *sums = _sums([product(m.count, scaled(m.mean, SUMMED))], m, r, counts)
+    count, carry, squares = sums
     near = near_of(divided(total, count))
-    small = jnp.full_like(m.var, small_unit(m.var.dtype))
-    unit = jnp.where(far > 0, small, jnp.ones_like(small))
-    parts = [product(unit, a) for a in (m.mean, near, m.rest)]
-    off = (parts[0] - parts[1]) + parts[2]
-    var = in_unit(m, unit)[0]
-    terms = [product(m.count, off), m.count * (var + squared(off))]
-    rest, spread = (divided(a, count) for a in _added_up(terms, r))
-    var, _ = from_unit(spread - squared(rest), jnp.zeros_like(spread), unit)
+    summed, unit = hidden([SUMMED, small_unit(m.var.dtype)], m.var.dtype)
+
+    def off(factor):
+        mean, middle, rest = (product(a, factor) for a in (m.mean, near, m.rest))
+        return (mean - middle) + rest
+
+    small = jnp.broadcast_to(unit, m.var.shape)
+    terms = [
+        product(m.count, off(summed)),
+        m.count * (opened(m).var + squared((m.mean - near) + m.rest)),
+        m.count * (in_unit(m, small)[0] + squared(off(unit))),
+    ]
+    rest, plain, large = (divided(a, count) for a in _added_up(terms, r))
+    plain = plain - squared(product(rest, 1 / summed))
+    large = large - squared(product(rest, unit / summed))
+    var = held(jnp.where(plain < 0, jnp.zeros_like(plain), plain), large)
     var = var + (count == 0).astype(var.dtype)
-    mean, rest = in_two_parts(near, by_parts(lambda p: p / unit, rest))
+    mean, rest = in_two_parts(near, product(rest, 1 / summed))
     return Moments(count, mean, var, carry, rest, squares=squares)
 
 

@@ -22,6 +22,7 @@ from normjax._moments import (
     merged,
     near_of,
     opened,
+    rstd_of,
     small_unit,
     unit_of,
 )
@@ -30,11 +31,13 @@ from normjax._numbers import (
     aligned,
     counted,
     divided,
+    hidden,
     own,
     product,
     scaled,
     squared,
     statistics_dtype,
+    times_square,
     weighed,
     widened,
 )
@@ -123,32 +126,34 @@ def _in_dtype(
     x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any
 ) -> Moments:
     """Moments in a dtype, from sums in it."""
-    unit = small_unit(dtype)
+    summed, unit = hidden([SUMMED, small_unit(dtype)], dtype)
     may_overflow = 2 * jnp.finfo(x.dtype).maxexp > jnp.finfo(dtype).maxexp
     x = widened(x, dtype)
 
     def average(a):
         return divided(weighed(a, where).sum(r.axes, keepdims=True), count)
 
-    def off(use, factor):  # one for each use, with its own copies: see `own`
+    def off(use, factor=None):  # one for each use, with its own copies: see `own`
+        values, middle = x, near
+        if factor is not None:
+            values, middle = (product(a, factor) for a in (x, near))
         if not r.centered:
-            return scaled(x, factor)
-        far = scaled(x, factor) - own(scaled(near, factor), use)
-        return counted(far, where)
+            return values
+        return counted(values - own(middle, use), where)
 
     count, carry = _count(x, where, r.axes, dtype)
     squares = count
     if where is not None and where.dtype != jnp.bool_:
         squares = jnp.broadcast_to(where.astype(dtype), x.shape)
         squares = jnp.square(squares).sum(r.axes, keepdims=True)
-    mean = rest = jnp.zeros(count.shape, x.dtype)
+    mean = rest = near = jnp.zeros(count.shape, x.dtype)
     if r.centered:
-        near = near_of(average(scaled(x, SUMMED)))
-        rest = scaled(average(off(1, SUMMED)), 1 / SUMMED)
-    var = average(squared(off(2, 1.0))) - squared(rest)
+        near = near_of(average(product(x, summed)))
+        rest = product(average(off(1, summed)), 1 / summed)
+    var = average(squared(off(2))) - squared(rest)
     var = lax.max(var, jnp.zeros_like(var))
     if may_overflow:
-        large = average(squared(off(4, unit))) - squared(scaled(rest, unit))
+        large = average(squared(off(4, unit))) - squared(product(rest, unit))
         var = held(var, large)
     if r.centered:
         mean, rest = in_two_parts(near, rest)
@@ -281,63 +286,85 @@ def moments_dot(m: Moments, mean_dot, count_dot, squares_dot, var_dot) -> Moment
     return Moments(count_dot, mean_dot, var_dot, carry, rest, var_rest, squares_dot)
 
 
+def opened_dot(m_dot: Moments, var: jax.Array, var_dot: jax.Array) -> Moments:
+    """The tangent of what `opened` makes of moments, with a variance for users."""
+    rest_dot = jnp.where(jnp.isinf(var), -m_dot.var, m_dot.var_rest)
+    return dataclasses.replace(m_dot, var=var_dot, var_rest=rest_dot)
+
+
 def _tangent(r, x, where, m, x_dot, where_dot):
     """The derivative of moments, as a map that is linear in its last two arguments."""
     x, x_dot = (widened(counted(v, where), m.var.dtype) for v in (x, x_dot))
-    c, *dots = dot_averages(r, x, where, m, None, x_dot, where_dot)
-    return *dots, *var_dots(m, c)
+    # It keeps averages near the size of x_dot, and what follows is divided by it again.
+    factor = lax.stop_gradient(rstd_of(m.var, 0.0))
+    a, c, aw, cw, *dots = dot_averages(r, x, where, m, factor, x_dot, where_dot)
+    return mean_dot(m, a, aw), *dots, *var_dots(m, factor, c, cw)
 
 
-def var_dots(m: Kept, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+def mean_dot(m: Kept, a: jax.Array, aw: jax.Array | None) -> jax.Array:
+    """The tangent of a mean, from the averages of `dot_averages`."""
+    return a if aw is None else a + product(aw, 1 / unit_of(m.var))
+
+
+def var_dots(m: Kept, factor: jax.Array, c: jax.Array, cw: jax.Array | None) -> tuple:
     """The tangents of a variance as users see it, and of it as `unit_of` says.
 
-    From ``c = <Re(conj(x - mean) * x_dot)>``, of values times the unit.
+    From the averages of `dot_averages`.
     """
     unit = unit_of(m.var)
     ones = jnp.ones_like(unit)
-    return 2 * c / unit, 2 * c * unit * jnp.where(m.var < 0, -ones, ones)
+    var_dot, held_dot = 2 * c / factor / unit, in_units(m, c, cw) / factor * 2
+    if cw is not None:
+        var_dot = var_dot + times_square(2 * cw / factor, 1 / unit)
+    return var_dot, held_dot * jnp.where(m.var < 0, -ones, ones)
+
+
+def in_units(m: Kept, v: jax.Array, vw: jax.Array | None) -> jax.Array:
+    """All of an average of `dot_averages`, of values times the unit."""
+    v = product(v, unit_of(m.var))
+    return v if vw is None else v + vw
 
 
 def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
     """What the derivatives of moments and of what they normalize are made of.
 
-        c = <Re(conj(x - mean) * x_dot)>, of values times the unit and a factor
         a = <x_dot>
+        c = <Re(conj(x - mean) * x_dot)>, of values times the unit and a factor
 
     where <.> averages over the reduced axes and the devices, and an uncentered norm has
     no a. Weights w make <.> = sum(w * .) / sum(w), and add to the averages
 
-        c: sum(w_dot * (|x - mean|**2 - var)) / sum(w) / 2
         a: sum(w_dot * (x - mean)) / sum(w)
+        c: sum(w_dot * (|x - mean|**2 - var)) / sum(w) / 2
 
-    where they are not 0. Returns c, a, and the tangents of count and of the squares of
-    weights, None where weights have none.
+    where they are not 0. Returns a, c, what weights add to each, once more times the
+    unit, and the tangents of count and of the squares of weights; the last four are
+    None where weights have no tangent.
     """
 
     def far(use):
-        far = distance(x, m, r.centered, use)
-        return far if factor is None else product(far, own(factor, use))
+        return distance(x, m, r.centered, use)
 
-    terms = [weighed(aligned(counted(far(1), where), x_dot), where)]
+    x_hat = counted(product(far(1), own(factor, 1)), where)
+    terms = [weighed(aligned(x_hat, x_dot), where)]
     if r.centered:
         terms.append(weighed(x_dot, where))
-    if where_dot is not None:
-        unit = unit_of(m.var)
-        w_dot = jnp.broadcast_to(where_dot.astype(m.var.dtype), x.shape)
-        w_dot = counted(w_dot, where)
-        spread = (squared(distance(x, m, r.centered, 3)) - jnp.abs(m.var)) * (
-            0.5 / unit
-        )
-        if factor is not None:
-            spread = spread * factor
-        terms[0] = terms[0] + spread * w_dot
-        if r.centered:
-            far_ = distance(x, m, r.centered, 4)
-            terms[1] = terms[1] + product(product(far_, 1 / unit), w_dot)
-        terms += [w_dot, weighed(2 * w_dot, where)]
-    c, *averages = average(terms, m.count, r)
-    a = averages.pop(0) if r.centered else jnp.zeros_like(m.mean)
-    return c, a, *([v * m.count for v in averages] or (None, None))
+    if where_dot is None:
+        c, *centers = average(terms, m.count, r)
+        centers = centers or [jnp.zeros_like(m.mean)]
+        return *centers, c, None, None, None, None
+    w_dot = jnp.broadcast_to(where_dot.astype(m.var.dtype), x.shape)
+    w_dot = counted(w_dot, where)
+    spread = (squared(far(3)) - jnp.abs(m.var)) * (factor / 2)
+    terms += [spread * w_dot, w_dot, weighed(2 * w_dot, where)]
+    if r.centered:
+        terms.append(product(far(4), w_dot))
+    averages = average(terms, m.count, r)
+    if not r.centered:
+        averages = [averages[0], jnp.zeros_like(m.mean), *averages[1:]]
+        averages.append(jnp.zeros_like(m.mean))
+    c, a, cw, count_dot, squares_dot, aw = averages
+    return a, c, aw, cw, count_dot * m.count, squares_dot * m.count
 
 
 def moments(
@@ -387,5 +414,4 @@ def moments(
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     r = Reduction(axes, names=names, groups=groups)
     where = _check.where(name, where, x.shape)
-    m, var = measured(x, where, r, statistics_dtype(x))
-    return dataclasses.replace(m, var=var)
+    return opened(*measured(x, where, r, statistics_dtype(x)))

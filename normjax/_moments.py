@@ -16,6 +16,7 @@ from normjax._numbers import (
     exact_sum,
     fixed,
     product,
+    scaled,
     squared,
     times_square,
 )
@@ -50,7 +51,8 @@ class Moments:
       rest: what the dtype of ``mean`` could not hold: ``mean + rest`` has about twice
         its digits, for data far from zero.
       var_rest: what the dtype of ``var`` could not hold, so that a long stream does not
-        drift.
+        drift. Where ``var`` is inf, the variance in a unit that makes it fit, so that
+        merging, and normalizing by these moments, is exact nevertheless.
       squares: the sum of the squared weights, which is ``count`` where all weights are
         1. If None, ``count``. The unbiased variance needs it.
 
@@ -169,7 +171,7 @@ class Moments:
                 f"shapes {first.shape} and {other.shape}",
                 "Take both over the same axes",
             )
-        m, n = first, laid_like(other, first.mean)
+        m, n = closed(first), closed(laid_like(other, first.mean))
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), m, n)
         together = opened(only(merged(both, 0)))
         # The sum of two and its exact rounding error; the limbs of `merge` have an end.
@@ -230,11 +232,13 @@ def unbiased(m: Moments) -> tuple[jax.Array, jax.Array]:
 
 
 def small_unit(dtype: Any) -> float:
-    """The unit of `unit_of`: of float32 2**-80, of float64 2**-640.
+    """The unit of `unit_of`: of float32 2**-96, of float64 2**-768.
 
-    The square of the largest value in it is far from the end of the dtype.
+    From the largest variance that a dtype holds to the square of its largest value, the
+    variance in this unit, and the third power of its root, which is in derivatives, are
+    far from both ends.
     """
-    return 2.0 ** -(5 * int(jnp.finfo(dtype).maxexp) // 8)
+    return 2.0 ** -(3 * int(jnp.finfo(dtype).maxexp) // 4)
 
 
 def unit_of(var: jax.Array) -> jax.Array:
@@ -256,15 +260,43 @@ def rstd_of(var: jax.Array, epsilon: float) -> jax.Array:
     return lax.rsqrt(jnp.abs(var) + added_)
 
 
-def opened(m: Moments) -> Moments:
-    """Moments for users: a variance that the dtype cannot hold is inf."""
-    held = times_square(-m.var, 1 / unit_of(m.var))
-    return dataclasses.replace(m, var=jnp.where(m.var < 0, held, m.var))
+def opened(m: Moments, var: jax.Array | None = None) -> Moments:
+    """Moments for users: a variance that the dtype cannot hold is inf.
+
+    That of the values times the small unit is then what the dtype could not hold of it,
+    so that `closed` finds it again. ``var`` is the one for users, where it is known;
+    made here, it has a derivative where the dtype can hold it.
+    """
+    if var is None:
+        beyond = lax.stop_gradient(times_square(-m.var, 1 / unit_of(m.var)))
+        var = jnp.where(m.var < 0, beyond, m.var)
+    var_rest = jnp.where(jnp.isinf(var), -m.var, m.var_rest)
+    return dataclasses.replace(m, var=var, var_rest=var_rest)
+
+
+def closed(m: Moments) -> Moments:
+    """Undoes `opened`."""
+    large = jnp.isinf(m.var) & (m.var_rest > 0)
+    var = jnp.where(large, -m.var_rest, m.var)
+    rest = jnp.where(large, jnp.zeros_like(var), m.var_rest)
+    return dataclasses.replace(m, var=var, var_rest=rest)
+
+
+def var_in(var: jax.Array, dtype: Any) -> jax.Array:
+    """A variance, as `unit_of` says, in another dtype of statistics."""
+    if var.dtype == dtype:
+        return var
+    if dtype == jnp.float64:
+        wide = var.astype(dtype)
+        return jnp.where(wide < 0, -wide / small_unit(var.dtype) ** 2, wide)
+    large = (var * small_unit(dtype) ** 2).astype(dtype)
+    beyond = -jnp.full_like(large, jnp.inf)  # of float64, too
+    return jnp.where(var < 0, beyond, held(var.astype(dtype), large))
 
 
 def _fits(var: jax.Array) -> jax.Array:
-    """Where a variance is not near the end of its dtype, or beyond it."""
-    end = 2.0 ** (int(jnp.finfo(var.dtype).maxexp) - 8)
+    """Where a variance is not at the end of its dtype, or beyond it."""
+    end = 2.0 ** (int(jnp.finfo(var.dtype).maxexp) - 1)
     return var < jnp.asarray(end, var.dtype)
 
 
@@ -324,7 +356,7 @@ def merge(m: Moments, axis: int) -> Moments:
       >>> normjax.merge(by_channel, axis=1).mean
       Array([[3.]], dtype=float32)
     """
-    m = uniform("merge", m, "m")
+    m = closed(uniform("merge", m, "m"))
     return opened(merged(m, _axes.one("merge", axis, len(m.shape))))
 
 
@@ -332,41 +364,43 @@ def merged(m: Moments, axis: int) -> Moments:
     """`merge`, with variances as `unit_of` says."""
     # What counted nothing may be anything, NaN say.
     some = m.count > 0
-    unit = unit_in(m, axis)
+    mean, rest, var = (alone(a, some) for a in (m.mean, m.rest, m.var))
+    m = dataclasses.replace(m, mean=mean, rest=rest, var=var)
     count, carry = join_limbs(*(a.sum(axis, keepdims=True) for a in limbs(m)))
     share = divided(m.count, count)
-    means = [product(unit, alone(a, some)) for a in (m.mean, m.rest)]
-    var, var_rest = (alone(a, some) for a in in_unit(m, unit))
-    near = fixed(product(share, means[0]).sum(axis, keepdims=True))
-    off = (means[0] - near) + means[1]
-    rest = product(share, off).sum(axis, keepdims=True)
+    near = near_of(product(share, scaled(mean, SUMMED)).sum(axis, keepdims=True))
+    unit = unit_for((mean - near) + rest, var, axis)
+    mean, rest, middle = (product(unit, a) for a in (mean, rest, near))
+    var, var_rest = in_unit(m, unit)
+    off = (mean - middle) + rest
+    shift = product(share, off).sum(axis, keepdims=True)
     # About the variance within, what shares miss that do not add up to 1 is nothing,
     # and what is added to it is small, so that a long stream does not drift.
     within = (share * var).sum(axis, keepdims=True)
-    more = ((var - within) + var_rest) + squared(off - rest)
+    more = ((var - within) + var_rest) + squared(off - shift)
     more = jnp.where(jnp.isinf(within), jnp.zeros_like(more), more)
     var, var_rest = exact_sum(within, (share * more).sum(axis, keepdims=True))
     var, var_rest = from_unit(var, var_rest, unit)
     var = var + (count == 0).astype(var.dtype)
-    mean, rest = (by_parts(lambda p: p / unit, a) for a in in_two_parts(near, rest))
+    mean, rest = in_two_parts(near, by_parts(lambda p: p / unit, shift))
     squares = alone(m.squares, some).sum(axis, keepdims=True)
     return Moments(count, mean, var, carry, rest, var_rest, squares)
 
 
-def beyond(m: Moments) -> jax.Array:
-    """Where squares of distances from a common mean might overflow, or have."""
-    half = 3 * int(jnp.finfo(m.var.dtype).maxexp) // 8  # float32: 2**48, 2**96
-    parts = [m.mean.real, m.mean.imag] if jnp.iscomplexobj(m.mean) else [m.mean]
-    far = [jnp.abs(p) > jnp.asarray(2.0**half, p.dtype) for p in parts]
-    wide = (m.var < 0) | (m.var > jnp.asarray(2.0 ** (2 * half), m.var.dtype))
-    return functools.reduce(jnp.logical_or, far, wide) & (m.count > 0)
+def unit_for(off: jax.Array, var: jax.Array, axis: int) -> jax.Array:
+    """The unit, 1 or the small one, in which moments along an axis can be merged.
 
-
-def unit_in(m: Moments, axis: int) -> jax.Array:
-    """The unit, 1 or the small one, in which moments along an axis can be merged."""
+    It is the small one where a distance of a mean from a common one is too large to be
+    squared, or a variance to be added to.
+    """
+    end = 2.0 ** (int(jnp.finfo(var.dtype).maxexp) // 2 - 2)  # float32: 2**62
+    parts = [off.real, off.imag] if jnp.iscomplexobj(off) else [off]
+    far = [jnp.abs(p) > jnp.asarray(end, p.dtype) for p in parts]
+    wide = (var < 0) | (var > jnp.asarray(end**2, var.dtype))
     # By arithmetic, since on an explicit mesh a select wants all sharded alike.
-    far = beyond(m).any(axis, keepdims=True).astype(m.var.dtype)
-    return far * jnp.asarray(small_unit(far.dtype), far.dtype) + (1 - far)
+    beyond = functools.reduce(jnp.logical_or, far, wide).any(axis, keepdims=True)
+    of = beyond.astype(var.dtype)
+    return of * jnp.asarray(small_unit(of.dtype), of.dtype) + (1 - of)
 
 
 def in_unit(m: Moments, unit: jax.Array) -> tuple[jax.Array, jax.Array]:

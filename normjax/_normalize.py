@@ -5,7 +5,6 @@ and its derivative.
 `normalize` is given its moments, which do not depend on x, and needs none.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -19,13 +18,16 @@ from normjax._measure import (
     Kept,
     distance,
     dot_averages,
+    in_units,
     kept,
+    mean_dot,
     measured,
     moments_dot,
+    opened_dot,
     tangents_of,
     var_dots,
 )
-from normjax._moments import Moments, rstd_of, unit_of
+from normjax._moments import Moments, opened, rstd_of, unit_of, var_in
 from normjax._numbers import added, by_parts, counted, own, product, widened
 from normjax._types import ArrayLike, Axes, DTypeLike, Scalar
 
@@ -75,7 +77,7 @@ def _standardize(x, scale, bias, where, r: Reduction, epsilon: float, dtype: Any
     """
     m, var = measured(x, where, r, _numbers.statistics_dtype(x, dtype))
     y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
-    return y, dataclasses.replace(m, var=var)
+    return y, opened(m, var)
 
 
 def _standardize_jvp(r, epsilon, dtype, primals, tangents):
@@ -89,8 +91,9 @@ def _standardize_jvp(r, epsilon, dtype, primals, tangents):
     # dtype, the mask, the moments and the parameters. The barrier of prevent_cse keeps
     # XLA from sharing, and so storing, what forward and backward both compute.
     tangent = jax.checkpoint(tangent, prevent_cse=True)
-    y_dot, *dots = tangent(x, scale, bias, where, kept(m), *tangents)
-    return (y, dataclasses.replace(m, var=var)), (y_dot, moments_dot(m, *dots))
+    y_dot, *dots, var_dot, of_held = tangent(x, scale, bias, where, kept(m), *tangents)
+    m_dot = opened_dot(moments_dot(m, *dots, of_held), var, var_dot)
+    return (y, opened(m, var)), (y_dot, m_dot)
 
 
 _standardize.defjvp(_standardize_jvp, symbolic_zeros=True)
@@ -161,7 +164,7 @@ def standardize_traced(x, scale, bias, where, epsilon, r, dtype, view: View):
         m, var = measured(x, where, r, _numbers.statistics_dtype(x, dtype))
         m, var = named((m, var))
         y = _apply(x, m, scale, bias, where, epsilon, r.centered, dtype)
-        return y, dataclasses.replace(m, var=var)
+        return y, opened(m, var)
 
     return _viewed(norm, x, scale, bias, where, view)
 
@@ -196,12 +199,12 @@ def _tangent(
     rstd = of_units * unit_of(m.var)
 
     def x_hat(use):  # one for each use, with its own copies: see `own`
-        return counted(
-            product(distance(x, m, r.centered, use), own(of_units, use)), where
-        )
+        far = distance(x, m, r.centered, use)
+        return counted(product(far, own(of_units, use)), where)
 
-    c, a, *dots = dot_averages(r, x, where, m, of_units, x_dot, where_dot)
-    dots = [a, *dots, var_dots(m, c / of_units)[0]]
+    a, c, aw, cw, *dots = dot_averages(r, x, where, m, of_units, x_dot, where_dot)
+    dots = [mean_dot(m, a, aw), *dots, *var_dots(m, of_units, c, cw)]
+    a, c = in_units(m, a, aw), in_units(m, c, cw)
     if scale is not None:
         scale, scale_dot = widened(scale, stat), widened(scale_dot, stat)
     if bias is not None:
@@ -210,16 +213,18 @@ def _tangent(
         # Of x_dot, x_hat and 1, the coefficients first, at their small shape: the
         # transpose then needs just the two sums that dscale and dbias are anyway.
         of_x_dot = rstd if scale is None else product(scale, rstd)
-        of_x_hat = -product(of_x_dot, c)
+        of_averages = of_units if scale is None else product(scale, of_units)
+        of_x_hat = -product(of_averages, c)
         if scale is not None:
             of_x_hat = scale_dot + of_x_hat
         y_dot = added(product(of_x_dot, x_dot), product(x_hat(2), of_x_hat))
         if r.centered or bias is not None:
-            of_one = -product(of_x_dot, a)
+            of_one = -product(of_averages, a)
             y_dot = added(y_dot, of_one if bias is None else added(bias_dot, of_one))
     else:
-        inner = x_dot - a if r.centered else x_dot
-        inner = product(rstd, inner - product(x_hat(2), c))
+        inner = product(rstd, x_dot) - product(x_hat(2), c * of_units)
+        if r.centered:
+            inner = inner - product(of_units, a)
         y_dot = added(product(scale, inner), product(x_hat(3), scale_dot))
         if bias is not None:
             y_dot = added(y_dot, bias_dot)
@@ -296,7 +301,7 @@ def normalized(
     dtype = _check.output_dtype(name, dtype, operands)
     stat = _numbers.statistics_dtype(x, dtype)
     mean = widened(lay("moments.mean", moments.mean), stat)
-    var = lay("moments.var", moments.var).astype(stat)
+    var = lay("moments.var", var_in(_moments.closed(moments).var, stat))
     rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)
     m = Kept(jnp.ones_like(var), mean, rest, var)
     epsilon = _check.epsilon(name, epsilon, stat)

@@ -124,6 +124,14 @@ def divided(total: jax.Array, count: jax.Array, empty: float = 0.0) -> jax.Array
     return quotient + empty * nothing if empty else quotient
 
 
+def hidden(numbers: list[float], dtype: Any) -> tuple:
+    """Numbers whose values XLA does not see, and so does not square of its own accord.
+
+    It takes ``(a * c)**2`` for ``a**2 * c**2``, which their dtype cannot hold.
+    """
+    return tuple(lax.optimization_barrier([jnp.asarray(n, dtype) for n in numbers]))
+
+
 def times_square(a: jax.Array, factor: jax.Array) -> jax.Array:
     """``a * factor**2``, where the dtype cannot hold the square.
 

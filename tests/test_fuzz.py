@@ -27,7 +27,6 @@ def test_calls_agree_with_the_formula_in_extended_precision():
     assert not faults, said
 
 
-@pytest.mark.xfail(reason="squares overflow", strict=True)
 def test_calls_on_data_whose_squares_overflow_agree_with_the_formula():
     faults, said = found(range(40, 44), OVERFLOW)
     assert not faults, said
