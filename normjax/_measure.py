@@ -83,7 +83,8 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
     if dtype != jnp.float32:
         return in_dtype(x, where)
     in_double = functools.partial(_in_double, r=r)
-    return lax.platform_dependent(x, where, cpu=in_double, default=in_dtype)
+    double = {platform: in_double for platform in ("cpu", "cuda", "rocm")}
+    return lax.platform_dependent(x, where, **double, default=in_dtype)
 
 
 def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
@@ -225,6 +226,16 @@ def distance(x: jax.Array, m: Any, centered: bool, use: int) -> jax.Array:
     )
 
 
+def standardized(x, m, centered: bool, of_units: jax.Array, use: int) -> jax.Array:
+    """``(x - mean) / std``; ``of_units`` is 1 / std of values times their unit."""
+    if centered:
+        return product(distance(x, m, centered, use), own(of_units, use))
+    # By one small array. Of the largest values 1 / std is no normal number, but 16 times
+    # that is.
+    rstd = 16 * of_units * unit_of(m.var)
+    return scaled(product(x, own(rstd, use)), 1 / 16)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _measured(x, where, r: Reduction, dtype: Any):
     """Takes the moments of x, with the variance as `unit_of` says, and as users see it.
@@ -311,11 +322,12 @@ def var_dots(m: Kept, factor: jax.Array, c: jax.Array, cw: jax.Array | None) -> 
 
     From the averages of `dot_averages`.
     """
-    unit = unit_of(m.var)
-    ones = jnp.ones_like(unit)
-    var_dot, held_dot = 2 * c / factor / unit, in_units(m, c, cw) / factor * 2
+    # By products alone: XLA takes a quotient of a quotient for one by their product.
+    unit, std = unit_of(m.var), 2 / factor
+    var_dot, held_dot = c * std * (1 / unit), in_units(m, c, cw) * std
     if cw is not None:
-        var_dot = var_dot + times_square(2 * cw / factor, 1 / unit)
+        var_dot = var_dot + times_square(cw * std, 1 / unit)
+    ones = jnp.ones_like(unit)
     return var_dot, held_dot * jnp.where(m.var < 0, -ones, ones)
 
 
@@ -345,7 +357,7 @@ def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
     def far(use):
         return distance(x, m, r.centered, use)
 
-    x_hat = counted(product(far(1), own(factor, 1)), where)
+    x_hat = counted(standardized(x, m, r.centered, factor, 1), where)
     terms = [weighed(aligned(x_hat, x_dot), where)]
     if r.centered:
         terms.append(weighed(x_dot, where))

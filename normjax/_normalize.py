@@ -24,6 +24,7 @@ from normjax._measure import (
     measured,
     moments_dot,
     opened_dot,
+    standardized,
     tangents_of,
     var_dots,
 )
@@ -46,13 +47,16 @@ def _small(x: jax.Array, *operands: jax.Array | None) -> bool:
 def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     """The formula, in the dtype of the moments; y is zero where nothing counts."""
     stat = m.var.dtype
-    y = distance(widened(counted(x, where), stat), m, centered, 5)
+    x = widened(counted(x, where), stat)
     rstd = rstd_of(m.var, epsilon)
-    if scale is None or _small(x, rstd, scale):
-        factor = rstd if scale is None else product(rstd, widened(scale, stat))
-        y = product(y, own(factor, 1))
+    if scale is not None:
+        scale = widened(scale, stat)
+    if centered and scale is not None and _small(x, rstd, scale):
+        # One small array, where there would be two.
+        y = product(distance(x, m, centered, 5), own(product(rstd, scale), 1))
     else:
-        y = product(product(y, own(rstd, 1)), widened(scale, stat))
+        y = standardized(x, m, centered, rstd, 5)
+        y = y if scale is None else product(y, scale)
     if bias is not None:
         y = added(y, widened(bias, stat))
     return counted(y.astype(dtype), where)
@@ -199,8 +203,7 @@ def _tangent(
     rstd = of_units * unit_of(m.var)
 
     def x_hat(use):  # one for each use, with its own copies: see `own`
-        far = distance(x, m, r.centered, use)
-        return counted(product(far, own(of_units, use)), where)
+        return counted(standardized(x, m, r.centered, of_units, use), where)
 
     a, c, aw, cw, *dots = dot_averages(r, x, where, m, of_units, x_dot, where_dot)
     dots = [mean_dot(m, a, aw), *dots, *var_dots(m, of_units, c, cw)]
