@@ -230,7 +230,7 @@ def standardized(x, m, centered: bool, of_units: jax.Array, use: int) -> jax.Arr
     """``(x - mean) / std``; ``of_units`` is 1 / std of values times their unit."""
     if centered:
         return product(distance(x, m, centered, use), own(of_units, use))
-    # By one small array. Of the largest values 1 / std is no normal number; 16 / std is.
+    # Of the largest values 1 / std is no normal number, but 16 / std is.
     rstd = 16 * of_units * unit_of(m.var)
     return scaled(product(x, own(rstd, use)), 1 / 16)
 
