@@ -190,7 +190,8 @@ class RunningMoments:
             "RunningMoments.update", momentum, self.mean.shape, self.weight.dtype
         )
         counted, skipped = is_counted(m.count), jnp.asarray(self.skipped)
-        if skip_nonfinite:
+        name = "RunningMoments.update"
+        if _check.flag(name, "skip_nonfinite", skip_nonfinite):
             finite = are_finite(m, self.mean, self.var)
             skipped = one_more(skipped, counted & ~finite)
             counted = counted & finite

@@ -171,7 +171,7 @@ FUNCTIONS = {
     ),
     "RunningMoments.update": (
         normjax.RunningMoments.init((2,)).update,
-        {"m": GIVEN, "momentum": 0.9},
+        {"m": GIVEN, "momentum": 0.9, "skip_nonfinite": False},
     ),
 }
 

@@ -209,7 +209,7 @@ def test_momentum_of_one_moves_nothing(system):
 @both
 @pytest.mark.parametrize("mask", [None, "boolean", "weights"])
 def test_unbiased_running_variance(system, mask):
-    """Of n values, or of weights that add up to n: n / (n - 1) of the biased one."""
+    """n / (n - 1) of the biased one; with weights n is sum(w)**2 / sum(w**2)."""
     (x,) = batches(1)
     weights = {
         None: jnp.ones(16),
@@ -227,7 +227,9 @@ def test_unbiased_running_variance(system, mask):
         x, use_running_average=False, mask=None if mask is None else weights[:, None]
     )
     repeated = np.repeat(np.asarray(x, np.float64), np.asarray(weights, int), axis=0)
-    want = {"mean": repeated.mean(0), "var": repeated.var(0, ddof=1)}
+    w = np.asarray(weights, np.float64)
+    n = w.sum() ** 2 / (w**2).sum()
+    want = {"mean": repeated.mean(0), "var": repeated.var(0) * n / (n - 1)}
     close(norm.statistics, want)
     biased = normalized(x, repeated.mean(0), repeated.var(0))
     close(y, biased * np.asarray(weights > 0)[:, None])
