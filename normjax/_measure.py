@@ -70,10 +70,10 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
 
     E[x**2] - E[x]**2 takes one pass and loses all digits when mean / std is large.
 
-    Squares of float32 may lie beyond float32. On a CPU every sum is a pass over memory,
-    and two of them in float64 are exact and have the range. Elsewhere sums share a
-    pass, float64 may be slow or missing, and one more sum, of values times the small
-    unit, has the range.
+    Squares of float32 may lie beyond float32. Two sums in float64 are exact and have
+    the range, where three in float32 are needed for the digits alone; on a CPU each is
+    a pass over memory. A TPU has no float64, but sums there share a pass, and one more,
+    of values times the small unit, has the range.
     """
     if where is not None and where.dtype != jnp.bool_:
         # What does not count is not there, to derivatives by the weight either.
