@@ -350,7 +350,7 @@ def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
 
     where they are not 0. Returns a, c, what weights add to each, once more times the
     unit, and the tangents of count and of the squares of weights; the last four are
-    None where weights have no tangent.
+    None where weights have no tangent, and the first of them without a mean, too.
     """
 
     def far(use):
@@ -370,11 +370,11 @@ def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
     terms += [spread * w_dot, w_dot, weighed(2 * w_dot, where)]
     if r.centered:
         terms.append(product(far(4), w_dot))
-    averages = average(terms, m.count, r)
-    if not r.centered:
-        averages = [averages[0], jnp.zeros_like(m.mean), *averages[1:]]
-        averages.append(jnp.zeros_like(m.mean))
-    c, a, cw, count_dot, squares_dot, aw = averages
+    c, *averages = average(terms, m.count, r)
+    a, aw = jnp.zeros_like(m.mean), None
+    if r.centered:
+        a, *averages, aw = averages
+    cw, count_dot, squares_dot = averages
     return a, c, aw, cw, count_dot * m.count, squares_dot * m.count
 
 
