@@ -108,14 +108,19 @@ def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
             n = squares = weights.sum(r.axes, keepdims=True)
             if where.dtype != jnp.bool_:
                 squares = jnp.square(weights).sum(r.axes, keepdims=True)
-        # Half of each distance: between two float32 it may lie beyond float32.
-        off = scaled(x.astype(single), 0.5)
-        mean = rest = jnp.zeros(n.shape, single)
+        off, mean = x.astype(single), jnp.zeros(n.shape, single)
+        rest = mean
         if r.centered:
             mean, rest = in_two_parts(divided(total(x), n), single)
-            off = off - own(scaled(mean, 0.5), 1) - own(scaled(rest, 0.5), 1)
-            off = counted(off, where)
-        var = divided(total(squared(widened(off, jnp.float64))), n, empty=0.25) * 4
+            # Half of each distance: between two float32 it may lie beyond float32. By
+            # an array of its own, since XLA may store one that norms share, spread to
+            # the size of x.
+            half = jnp.full(n.shape, 0.5, jnp.float32)
+            half, _ = lax.optimization_barrier((half, mean))
+            off = product(off, half) - own(scaled(mean, 0.5), 1)
+            off = counted(off - own(scaled(rest, 0.5), 1), where)
+        square = total(squared(widened(off, jnp.float64)))
+        var = divided(4 * square if r.centered else square, n, empty=1.0)
         large = var * np.float64(small_unit(jnp.float32) ** 2)
         var = held(var.astype(jnp.float32), large.astype(jnp.float32))
         count, carry = in_two_parts(n, jnp.float32)
