@@ -108,8 +108,7 @@ def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
             n = squares = weights.sum(r.axes, keepdims=True)
             if where.dtype != jnp.bool_:
                 squares = jnp.square(weights).sum(r.axes, keepdims=True)
-        off, mean = x.astype(single), jnp.zeros(n.shape, single)
-        rest = mean
+        off = x.astype(single)
         if r.centered:
             mean, rest = in_two_parts(divided(total(x), n), single)
             # Half of each distance: between two float32 it may lie beyond float32. By
@@ -123,6 +122,8 @@ def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
         var = divided(4 * square if r.centered else square, n, empty=1.0)
         large = var * np.float64(small_unit(jnp.float32) ** 2)
         var = held(var.astype(jnp.float32), large.astype(jnp.float32))
+        if not r.centered:
+            mean = rest = jnp.zeros_like(var, dtype=single)
         count, carry = in_two_parts(n, jnp.float32)
         squares = squares.astype(jnp.float32)
         return Moments(count, mean, var, carry, rest, squares=squares)
@@ -152,7 +153,7 @@ def _in_dtype(
     if where is not None and where.dtype != jnp.bool_:
         squares = jnp.broadcast_to(where.astype(dtype), x.shape)
         squares = jnp.square(squares).sum(r.axes, keepdims=True)
-    mean = rest = near = jnp.zeros(count.shape, x.dtype)
+    near, rest = jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
     if r.centered:
         near = near_of(average(product(x, summed)))
         rest = product(average(off(1, summed)), 1 / summed)
@@ -163,6 +164,8 @@ def _in_dtype(
         var = held(var, large)
     if r.centered:
         mean, rest = in_two_parts(near, rest)
+    else:
+        mean = rest = jnp.zeros_like(var, dtype=x.dtype)
     var = var + (count == 0).astype(dtype)
     return Moments(count, mean, var, carry, rest, squares=squares)
 
