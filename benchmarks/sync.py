@@ -66,10 +66,10 @@ def buffers(channels: int, devices: int, one: bool) -> list[int]:
     """The bytes of each all-reduce of a forward pass, of shards of one size.
 
     One buffer with a row of mean, its rest and var for each device; or first the sums,
-    then the rests and spreads.
+    then the rests, and the spreads in two units.
     """
     row = 4 * channels
-    return [3 * row * devices] if one else [row, 2 * row]
+    return [3 * row * devices] if one else [row, 3 * row]
 
 
 def seconds(network: Network, channels: int, devices: int, one: bool) -> float:

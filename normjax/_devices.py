@@ -26,7 +26,7 @@ from normjax._moments import (
 from normjax._numbers import alone, divided, hidden, product, scaled, squared
 
 # Up to this many bytes, moments cross the devices in one all-reduce of a buffer with a
-# row for each device; above, in two all-reduces of one row each.
+# row for each device; above, in two all-reduces, whose size does not grow.
 ONE_ALL_REDUCE_BYTES = 1024 * 1024
 
 

@@ -251,13 +251,13 @@ def unit_of(var: jax.Array) -> jax.Array:
     return jnp.where(var < 0, small, jnp.ones_like(var))
 
 
-def rstd_of(var: jax.Array, epsilon: float) -> jax.Array:
+def rstd_of(var: jax.Array, epsilon: Any) -> jax.Array:
     """``1 / sqrt(var + epsilon)``, of values times their unit."""
     unit = unit_of(var)
     # In a small unit epsilon may be nothing, and so may the variance of constants.
     tiny = jnp.asarray(jnp.finfo(var.dtype).tiny, var.dtype)
-    added_ = lax.max(jnp.asarray(epsilon, var.dtype) * unit * unit, tiny)
-    return lax.rsqrt(jnp.abs(var) + added_)
+    floored = lax.max(jnp.asarray(epsilon, var.dtype) * unit * unit, tiny)
+    return lax.rsqrt(jnp.abs(var) + floored)
 
 
 def opened(m: Moments, var: jax.Array | None = None) -> Moments:

@@ -146,7 +146,7 @@ def test_a_constant_far_from_zero_needs_the_rest_of_the_mean():
 @pytest.mark.parametrize("one", [True, False])
 def test_the_model_of_sync_has_the_bytes_of_the_compiled_program(one, monkeypatch):
     if not one:
-        monkeypatch.setattr(sync._moments, "ONE_ALL_REDUCE_BYTES", 0)
+        monkeypatch.setattr(sync._devices, "ONE_ALL_REDUCE_BYTES", 0)
         sync.jax.clear_caches()
     program, _ = sync.programs(64, sync.normjax.linen, "forward")
     sync.jax.clear_caches()
