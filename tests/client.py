@@ -5,7 +5,7 @@ mypy and pyright read it (`make types`); test_types.py runs it.
 
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -285,6 +285,12 @@ def conversion(folder: pathlib.Path) -> None:
     params, state = tools.to_haiku(fc, ({"fc": {"w": jnp.zeros((2, 3))}}, {}))
     fc = tools.from_haiku((params, state), fc, names=lambda path: torch_names[path])
     fc = tools.from_keras(tools.to_keras(fc), fc)
+
+
+def keras_weights(model: Any) -> None:
+    """Of a model of Keras, which is read here and not run: Keras may not be there."""
+    paths: Mapping[str, Any] = tools.keras_names(model)
+    assert paths
 
 
 def run(folder: pathlib.Path) -> None:
