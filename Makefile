@@ -7,6 +7,7 @@ WORKERS ?= auto
 
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
 .PHONY: demo compare test test-processes lint types format fuzz mutants test-peers test-wheel test-clients bench test-flax accuracy docs notebook clean
 
@@ -88,7 +89,6 @@ format: $(DONE)
 # The peers of the benchmark come with their first use; torch is installed by hand.
 # `make bench BENCH=--quick`, `make bench BENCH="--compare old.json"`.
 BENCH ?=
-PEERS := $(VENV)/.peers
 bench: $(PEERS)
 	$(PY) benchmarks/run.py $(BENCH)
 
