@@ -36,7 +36,7 @@ TORCH ?= torch==2.13.0+cpu
 test-peers: $(PEERS)
 	$(PY) -c "import torch" 2>/dev/null || \
 	  $(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(PY) -c "import torch, keras, haiku, equinox"
+	KERAS_BACKEND=jax $(PY) -c "import torch, keras, haiku, equinox"
 	$(PY) -m pytest -n $(WORKERS) -m skipif tests/test_convert.py tests/test_files.py
 
 # The wheel in an environment of its own: a smoke test beside the newest of what it needs,
