@@ -224,7 +224,7 @@ def inexact(name: str, x: Any, what: str = "x") -> jax.Array:
     return x
 
 
-def array_dtype(name: str, value: Any) -> Any:
+def array_dtype(name: str, value: Any, what: str = "dtype") -> Any:
     """Returns a dtype as JAX has it here, of 32 bits where it has no 64."""
     cause = None
     # NumPy only warns where it reads the dtype that an array has, or some lists.
@@ -239,10 +239,24 @@ def array_dtype(name: str, value: Any) -> Any:
     raise error(
         TypeError,
         name,
-        "dtype must be one that JAX has",
-        shown("dtype", value),
-        "Pass dtype=jnp.float32, say",
+        f"{what} must be one that JAX has",
+        shown(what, value),
+        f"Pass {what}=jnp.float32, say",
     ) from cause
+
+
+def inexact_dtype(name: str, what: str, value: Any) -> Any:
+    """Returns a dtype, of real or complex numbers, that parameters may have."""
+    found = array_dtype(name, value, what)
+    if not jnp.issubdtype(found, jnp.inexact):
+        raise error(
+            TypeError,
+            name,
+            f"{what} must be floating or complex",
+            f"{what}={found}",
+            f"Pass {what}=jnp.float32, say",
+        )
+    return found
 
 
 def statistics_dtype(name: str, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,57 @@ import numpy as np
 from normjax import _axes, _check, _norms
 from normjax._moments import Moments, unbiased
 from normjax._running import are_finite, blend, is_counted, one_more, part_of_new
+
+_FLAGS = (
+    "use_scale use_bias debias skip_nonfinite mask_is_weight update_statistics"
+    " force_float32_reductions"
+).split()
+_CALLED = {
+    "scale_init": "jax.nn.initializers.ones",
+    "bias_init": "jax.nn.initializers.zeros",
+    "promote_dtype": "flax.nnx.nn.dtypes.promote_dtype",
+}
+
+
+def check_fields(name: str, fields: Mapping[str, Any]) -> None:
+    """Refuses fields that are not of their kind, before anything is created by them.
+
+    A flag that is None is False, as in Flax. The fields that a function's argument is
+    made of are checked there.
+    """
+    for field in _FLAGS:
+        if fields.get(field) is not None:
+            _check.flag(name, field, fields[field])
+    for field, example in _CALLED.items():
+        if field in fields and not callable(fields[field]):
+            raise _check.error(
+                TypeError,
+                name,
+                f"{field} must be a function",
+                _check.shown(field, fields[field]),
+                f"Pass {field}={example}, say",
+            )
+    for field in ("dtype", "param_dtype"):
+        if fields.get(field) is not None:
+            _check.inexact_dtype(name, field, fields[field])
+    for field in ("scale_metadata", "bias_metadata"):
+        if not isinstance(fields.get(field, {}), Mapping):
+            raise _check.error(
+                TypeError,
+                name,
+                f"{field} must be a dictionary",
+                _check.shown(field, fields[field]),
+                f"Pass {field}={{}}, or leave it out",
+            )
+    features = fields.get("num_features", 1)
+    if not _check.is_integer(features) or features < 0:
+        raise _check.error(
+            TypeError,
+            name,
+            "num_features must be an integer, the number of features of x",
+            _check.shown("num_features", features),
+            "Pass x.shape[-1], say",
+        )
 
 
 def flax_axes(name: str, axes: _axes.Axes, ndim: int, what: str) -> tuple[int, ...]:
@@ -85,12 +136,13 @@ def flax_groups(
         )
     if group_size is None:
         return num_groups
-    if group_size < 1 or shape[-1] % group_size:
+    fits = _check.is_integer(group_size) and group_size > 0
+    if not fits or shape[-1] % group_size:
         raise _check.error(
             ValueError,
             "GroupNorm",
             "group_size must divide the number of features",
-            f"group_size={group_size}, x.shape={shape}",
+            f"{_check.shown('group_size', group_size)}, x.shape={shape}",
             f"Pass num_groups=None and a group_size that divides {shape[-1]}",
         )
     return shape[-1] // group_size

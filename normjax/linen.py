@@ -37,6 +37,7 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
     Parameters lie along ``axes`` of x, with the rank of x.
     """
     name = type(module).__name__
+    _module.check_fields(name, vars(module))
     shape = tuple(x.shape[a] for a in axes)
     parameters = {}
     if module.use_scale:
@@ -194,6 +195,7 @@ class BatchNorm(nn.Module):
             use_running_average = nn.merge_param(
                 "use_running_average", self.use_running_average, use_running_average
             )
+        _module.check_fields(type(self).__name__, vars(self))
         with_running, update = _module.switches(self, use_running_average)
         x = _check.inexact("BatchNorm", x)
         axes = _module.flax_axes("BatchNorm", self.axis, x.ndim, "axis")

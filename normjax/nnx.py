@@ -59,6 +59,7 @@ class _Norm(nnx.Module):
     ) -> None:
         """Keeps the fields by name; creates a scale and a bias where they are used."""
         self.num_features, self.param_dtype = num_features, param_dtype
+        _module.check_fields(type(self).__name__, locals() | fields)
         for name in ("scale", "bias"):
             init = fields.pop(f"{name}_init", None)
             metadata = fields.pop(f"{name}_metadata", _NO_METADATA)
@@ -74,6 +75,7 @@ class _Norm(nnx.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets a field; refuses what only says at construction what is created."""
+        _module.check_fields(type(self).__name__, {name: value})
         parameter = name.removeprefix("use_")
         if name in ("use_scale", "use_bias") and hasattr(self, parameter):
             there = getattr(self, parameter) is not None
@@ -99,9 +101,7 @@ class _Norm(nnx.Module):
             operands = (x, *others[len(statistics) :])
             return jnp.zeros((), canonicalize_dtype(*operands, dtype=self.dtype))
 
-        if self.dtype is not None:
-            _check.array_dtype(name, self.dtype)
-        else:
+        if self.dtype is None:
             todo = "Pass dtype=jnp.bfloat16, say, to the module"
             _check.promotion(name, todo, x, *statistics, *parameters.values())
         with jax.numpy_dtype_promotion("standard"):
@@ -660,6 +660,7 @@ class GroupNorm(_Norm):
         mask_is_weight: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
+        _module.check_fields("GroupNorm", {"num_features": num_features})
         num_groups = _module.flax_groups(num_groups, group_size, (num_features,))
         num_groups = _axes.divisor(
             "GroupNorm", "num_groups", num_groups, (0,), "features", (num_features,)

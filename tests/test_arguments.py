@@ -501,6 +501,56 @@ FLAX = {
 }
 
 
+FLAGS = ["False", {}, jnp.ones(2)]
+FUNCTION = [None, 3, 1.0, "ones", jnp.ones(4)]
+BAD_FIELDS = {
+    **dict.fromkeys(
+        "use_bias use_scale mask_is_weight debias skip_nonfinite update_statistics"
+        " force_float32_reductions".split(),
+        FLAGS,
+    ),
+    **dict.fromkeys(("scale_init", "bias_init", "promote_dtype"), FUNCTION),
+    "param_dtype": ["float99", jnp.int32, bool, 3],
+    "dtype": ["float99", jnp.int32, 3],
+    "num_features": [None, "4", 4.0, -1, True, (4,)],
+    "group_size": ["2", 0, 1.5, 3],
+    "scale_metadata": [None, 3],
+    "bias_metadata": [None, 3],
+}
+
+
+@pytest.mark.parametrize("kind", FLAX)
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_fields_of_another_kind_are_refused(library, kind):
+    """At construction or in the first call, before a parameter is made by them."""
+    module = getattr({"linen": linen, "nnx": nnx}[library], kind)
+    known = set(inspect.signature(module.__init__).parameters)
+    x = jnp.ones((2, 3, 4))
+
+    def call(num_features=4, **fields):
+        fields = FLAX[kind] | fields
+        if "group_size" in fields:
+            fields["num_groups"] = None
+        if library == "linen":
+            return module(**fields).init(KEY, x)
+        return module(num_features, **fields, rngs=flax_nnx.Rngs(0))(x)
+
+    def call_all():
+        call()
+        call(**{k: None for k in ("use_bias", "param_dtype") if k in known})
+        tried = 0
+        for field in known & set(BAD_FIELDS):
+            for value in BAD_FIELDS[field]:
+                error = what_is_said(kind, call, {field: value})
+                assert error is not None and field in str(error), (field, value)
+                tried += 1
+        return tried
+
+    tried = []
+    jax.eval_shape(lambda: tried.append(call_all()))
+    assert tried[0] > 20
+
+
 @pytest.mark.parametrize("kind", FLAX)
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_modules_take_the_epsilons_that_flax_takes(library, kind):
