@@ -44,6 +44,12 @@ from normjax._numbers import (
 from normjax._types import ArrayLike, Axes, AxisNames, Groups
 
 
+# How much larger than 1 / std the factor of `dot_averages` is. Backwards, twice the std
+# that is left of it meets the cotangent of a variance before the count divides both, and
+# of the largest values it would be beyond the dtype.
+AHEAD = 16.0
+
+
 def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
     """Takes the moments of x, to broadcast against x.
 
@@ -263,22 +269,45 @@ def _measured(x, where, r: Reduction, dtype: Any):
 
 
 def _measured_jvp(r, dtype, primals, tangents):
+    m, var = measured(*primals, r, dtype)
+    return (m, var), _dots(r, m, primals, tangents)
+
+
+def _dots(r, m, primals, tangents):
     x, where = primals
-    m, var = measured(x, where, r, dtype)
     x_dot, where_dot = tangents_of(where, primals, tangents)
     # A checkpoint keeps for the backward pass just what the map is given. The barrier
     # of prevent_cse keeps XLA from sharing, and so storing, what both passes compute.
     dots = jax.checkpoint(functools.partial(_tangent, r), prevent_cse=True)
     *dots, var_dot, of_held = dots(x, where, kept(m), x_dot, where_dot)
-    return (m, var), (moments_dot(m, *dots, of_held), var_dot)
+    return moments_dot(m, *dots, of_held), var_dot
 
 
 _measured.defjvp(_measured_jvp, symbolic_zeros=True)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _known(x, where, m: Moments, r: Reduction):
+    """`_measured`, of moments of x that were merged from those of its parts.
+
+    Their derivative by x and the weights is the same, whatever they were merged from.
+    """
+    return m, opened(m).var
+
+
+def _known_jvp(r, primals, tangents):
+    *primals, m = primals
+    m, var = known(*primals, m, r)
+    return (m, var), _dots(r, m, primals, tangents[:2])
+
+
+_known.defjvp(_known_jvp, symbolic_zeros=True)
+
+
 # Compiled, so that a call outside of jit is one program; inlined, so that a call inside
 # is no boundary to XLA; and traced once for all calls alike.
 measured = jax.jit(_measured, static_argnums=(2, 3), inline=True)
+known = jax.jit(_known, static_argnums=3, inline=True)
 
 
 def tangents_of(where: jax.Array | None, primals: Any, tangents: Any) -> list:
@@ -314,7 +343,7 @@ def _tangent(r, x, where, m, x_dot, where_dot):
     """The derivative of moments, as a map that is linear in its last two arguments."""
     x, x_dot = (widened(counted(v, where), m.var.dtype) for v in (x, x_dot))
     # It keeps averages near the size of x_dot, and what follows is divided by it again.
-    factor = lax.stop_gradient(rstd_of(m.var, 0.0))
+    factor = AHEAD * lax.stop_gradient(rstd_of(m.var, 0.0))
     a, c, aw, cw, *dots = dot_averages(r, x, where, m, factor, x_dot, where_dot)
     return mean_dot(m, a, aw), *dots, *var_dots(m, factor, c, cw)
 

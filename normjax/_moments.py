@@ -10,6 +10,8 @@ from jax import lax
 
 from normjax import _axes, _check, _trees
 from normjax._numbers import (
+    added,
+    aligned,
     alone,
     by_parts,
     divided,
@@ -171,13 +173,13 @@ class Moments:
                 f"shapes {first.shape} and {other.shape}",
                 "Take both over the same axes",
             )
-        m, n = closed(first), closed(laid_like(other, first.mean))
-        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), m, n)
-        together = opened(only(merged(both, 0)))
+        other = laid_like(other, first.mean)
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, other)
         # The sum of two and its exact rounding error; the limbs of `merge` have an end.
-        count, lost = exact_sum(m.count, n.count)
-        count, carry = exact_sum(count, lost + (m.carry + n.carry))
-        return dataclasses.replace(together, count=count, carry=carry)
+        count, lost = exact_sum(first.count, other.count)
+        count, carry = exact_sum(count, lost + (first.carry + other.carry))
+        whole = only(_together(both, 0))
+        return dataclasses.replace(whole, count=count, carry=carry)
 
 
 def uniform(name: str, m: Any, what: str = "moments") -> Moments:
@@ -356,8 +358,64 @@ def merge(m: Moments, axis: int) -> Moments:
       >>> normjax.merge(by_channel, axis=1).mean
       Array([[3.]], dtype=float32)
     """
-    m = closed(uniform("merge", m, "m"))
-    return opened(merged(m, _axes.one("merge", axis, len(m.shape))))
+    m = uniform("merge", m, "m")
+    return _together(m, _axes.one("merge", axis, len(m.shape)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _together(m: Moments, axis: int) -> Moments:
+    """`merge` of moments whose fields are arrays of one shape."""
+    return opened(merged(closed(m), axis))
+
+
+def _together_jvp(axis, primals, tangents):
+    """The derivative of the formula, where a variance is beyond its dtype, too.
+
+        mean = sum(share * mean_i)   var = sum(share * (var_i + |mean_i - mean|**2))
+
+    with ``share = count_i / count``. Autodiff of `merged` would pass the units there.
+    """
+    (m,), (dot,) = primals, tangents
+    whole = _together(m, axis)
+    some, is_large = m.count > 0, jnp.isinf(m.var)
+    mean, rest, dot = jax.tree.map(lambda a: alone(a, some), (m.mean, m.rest, dot))
+    share = divided(m.count, whole.count)
+    share_dot = divided(dot.count + dot.carry, whole.count)
+    mean_dot, var_dot = added(dot.mean, dot.rest), dot.var
+    var_dot = var_dot + jnp.where(is_large, jnp.zeros_like(var_dot), dot.var_rest)
+
+    var = closed(whole).var
+    unit = unit_of(var)
+    off = product(mean, unit) - product(whole.mean, unit)
+    off = alone(off + (product(rest, unit) - product(whole.rest, unit)), some)
+    parts, _ = in_unit(closed(m), unit)
+    # By single products: of a share that does not change nothing is beyond the dtype.
+    of_shares = share_dot * parts - share_dot * jnp.abs(var)
+    of_shares = of_shares + aligned(product(off, share_dot), off)
+    of_means = 2 * aligned(off, mean_dot)
+
+    def total(a):
+        return a.sum(axis, keepdims=True)
+
+    in_units = jnp.where(is_large, dot.var_rest, times_square(var_dot, unit))
+    in_units = total(share * (in_units + of_means * unit) + of_shares)
+    plain = total(share * (var_dot + of_means * (1 / unit)))
+    plain = plain + times_square(total(of_shares), 1 / unit)
+    mean_dot = total(product(mean_dot, share))
+    mean_dot = mean_dot + product(total(product(off, share_dot)), 1 / unit)
+    zeros = jnp.zeros_like(plain)
+    return whole, Moments(
+        total(dot.count + dot.carry),
+        mean_dot,
+        plain,
+        zeros,
+        jnp.zeros_like(mean_dot),
+        jnp.where(jnp.isinf(whole.var), in_units, zeros),
+        total(dot.squares),
+    )
+
+
+_together.defjvp(_together_jvp)
 
 
 def merged(m: Moments, axis: int) -> Moments:

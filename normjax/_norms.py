@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-from normjax import _axes, _check, _devices, _moments, _numbers
+from normjax import _axes, _check, _devices, _measure, _moments, _numbers
 from normjax._devices import Reduction
 from normjax._moments import Moments
 from normjax._normalize import (
@@ -207,10 +208,12 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
     over = Reduction(_axes.others((batch, *features), x.ndim + 1))
     view = View(batch, size)
     y, m = _norm(name, x, scale, bias, along, over, where=where, view=view, **common)
-    m = _moments.merge(m, batch)
+    m = _moments.merged(_moments.closed(jax.lax.stop_gradient(m)), batch)
+    m = jax.tree.map(lambda a: jnp.squeeze(a, batch), m)
     if r.names:
-        m = _moments.opened(_devices.across_devices(m, r, _devices.counts_of(where)))
-    return y, jax.tree.map(lambda a: _axes.features_of(a, features), m)
+        m = _devices.across_devices(m, r, _devices.counts_of(where))
+    m = _moments.opened(*_measure.known(x, where, m, r))
+    return y, jax.tree.map(lambda a: _axes.features_of(a, along), m)
 
 
 def layer_norm(
