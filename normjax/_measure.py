@@ -47,7 +47,7 @@ from normjax._types import ArrayLike, Axes, AxisNames, Groups
 # How much larger than 1 / std the factor of `dot_averages` is. Backwards, twice the std
 # that is left of it meets the cotangent of a variance before the count divides both, and
 # of the largest values it would be beyond the dtype.
-AHEAD = 16.0
+AHEAD = 64.0
 
 
 def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
@@ -403,7 +403,8 @@ def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:
         return *centers, c, None, None, None, None
     w_dot = jnp.broadcast_to(where_dot.astype(m.var.dtype), x.shape)
     w_dot = counted(w_dot, where)
-    spread = (squared(far(3)) - jnp.abs(m.var)) * (factor / 2)
+    # Where the variance is held, the square of a distance of small weight may not be.
+    spread = aligned(product(far(3), factor / 2), far(3)) - jnp.abs(m.var) * factor / 2
     terms += [spread * w_dot, w_dot, weighed(2 * w_dot, where)]
     if r.centered:
         terms.append(product(far(4), w_dot))
