@@ -44,12 +44,6 @@ from normjax._numbers import (
 from normjax._types import ArrayLike, Axes, AxisNames, Groups
 
 
-# How much larger than 1 / std the factor of `dot_averages` is. Backwards, twice the std
-# that is left of it meets the cotangent of a variance before the count divides both, and
-# of the largest values it would be beyond the dtype.
-AHEAD = 64.0
-
-
 def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
     """Takes the moments of x, to broadcast against x.
 
@@ -343,7 +337,9 @@ def _tangent(r, x, where, m, x_dot, where_dot):
     """The derivative of moments, as a map that is linear in its last two arguments."""
     x, x_dot = (widened(counted(v, where), m.var.dtype) for v in (x, x_dot))
     # It keeps averages near the size of x_dot, and what follows is divided by it again.
-    factor = AHEAD * lax.stop_gradient(rstd_of(m.var, 0.0))
+    # Backwards, twice the std meets the cotangent of a variance before the count divides
+    # both, and of the largest values it would be beyond the dtype, but for the 64.
+    factor = 64 * lax.stop_gradient(rstd_of(m.var, 0.0))
     a, c, aw, cw, *dots = dot_averages(r, x, where, m, factor, x_dot, where_dot)
     return mean_dot(m, a, aw), *dots, *var_dots(m, factor, c, cw)
 

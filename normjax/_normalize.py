@@ -15,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 from normjax import _axes, _check, _moments, _numbers
 from normjax._devices import Reduction
 from normjax._measure import (
-    AHEAD,
     Kept,
     distance,
     dot_averages,
@@ -206,10 +205,9 @@ def _tangent(
     def x_hat(use):  # one for each use, with its own copies: see `own`
         return counted(standardized(x, m, r.centered, of_units, use), where)
 
-    factor = AHEAD * of_units
-    a, c, aw, cw, *dots = dot_averages(r, x, where, m, factor, x_dot, where_dot)
-    dots = [mean_dot(m, a, aw), *dots, *var_dots(m, factor, c, cw)]
-    a, c = in_units(m, a, aw), in_units(m, c, cw) / AHEAD
+    a, c, aw, cw, *dots = dot_averages(r, x, where, m, of_units, x_dot, where_dot)
+    dots = [mean_dot(m, a, aw), *dots, *var_dots(m, of_units, c, cw)]
+    a, c = in_units(m, a, aw), in_units(m, c, cw)
     if scale is not None:
         scale, scale_dot = widened(scale, stat), widened(scale_dot, stat)
     if bias is not None:
