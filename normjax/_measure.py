@@ -337,8 +337,8 @@ def _tangent(r, x, where, m, x_dot, where_dot):
     """The derivative of moments, as a map that is linear in its last two arguments."""
     x, x_dot = (widened(counted(v, where), m.var.dtype) for v in (x, x_dot))
     # It keeps averages near the size of x_dot, and what follows is divided by it again.
-    # Backwards, twice the std meets the cotangent of a variance before the count divides
-    # both, and of the largest values it would be beyond the dtype, but for the 64.
+    # The 64 is for backward: twice the std meets the cotangent of a variance before the
+    # count divides both, and of the largest values would be beyond the dtype.
     factor = 64 * lax.stop_gradient(rstd_of(m.var, 0.0))
     a, c, aw, cw, *dots = dot_averages(r, x, where, m, factor, x_dot, where_dot)
     return mean_dot(m, a, aw), *dots, *var_dots(m, factor, c, cw)

@@ -123,8 +123,16 @@ def test_moments_and_what_merges_are_right_up_to_the_largest_value():
                 close(other.var, want.var(0)[None], 2e-6)
             elif size > 2.0**64:
                 assert (other.var == jnp.inf).all()
-        gradient = jax.grad(lambda x: normjax.moments(x, 0).var.sum())(x * size)
-        close(gradient, 2 * (want - want.mean(0)) / 64, 2e-6)
+
+        def of_parts(x):
+            return normjax.merge(normjax.moments(x.reshape(4, 16, 3), 1), 0)
+
+        for f in (lambda x: normjax.moments(x, 0), of_parts):
+            gradient = jax.grad(lambda x, f=f: f(x).var.sum())(x * size)
+            close(gradient, 2 * (want - want.mean(0)) / 64, 2e-6)
+            # A second merge, and normalizing, go on with what var does not hold.
+            again = jax.grad(lambda x, f=f: f(x).merge(f(x)).var.sum())(x * size)
+            close(again, 2 * (want - want.mean(0)) / 64, 2e-6)
         running = normjax.RunningMoments.init((1, 3)).update(m, momentum=0.9)
         close(running.read().mean, want.mean(0)[None], 1e-6)
     for value in (top, -top):
@@ -133,6 +141,39 @@ def test_moments_and_what_merges_are_right_up_to_the_largest_value():
         assert (normjax.layer_norm(jnp.full((1, 7), value)) == 0).all()
     y = normjax.layer_norm(jnp.array([[top, top, top, -top]]))
     close(y, wide([[1, 1, 1, -3]]) / 3**0.5, 1e-6)
+
+
+def test_ghosts_of_large_values_have_the_moments_of_the_whole_batch():
+    """Synced, too, where the moments of ghosts are merged before those of devices."""
+    x = data("float32", (8, 8, 3)) * 2.0**120
+    c = MAPPED["shard_map"]
+
+    @jax.jit
+    def ghosts(x):
+        def local(x, _):
+            y, m = normjax.batch_norm(x, virtual_batch_size=2, axis_name=c.names)
+            return y, (m.mean, m.var)
+
+        return c.run(local, x, jnp.zeros(()))[1]
+
+    mean, var = ghosts(x)
+    close(mean, wide(x).mean((0, 1)), 1e-6)
+    assert (var == jnp.inf).all()
+    of_mean = jax.grad(lambda x: ghosts(x)[0].sum())(x)
+    close(of_mean, np.full(x.shape, 1 / 64), 1e-6)
+    of_var = jax.grad(lambda x: ghosts(x)[1].sum())(x)
+    close(of_var, 2 * (wide(x) - wide(x).mean((0, 1))) / 64, 2e-6)
+
+
+def test_a_distance_of_small_weight_may_be_beyond_the_root_of_the_dtype():
+    """Where the variance is held, the derivative by its weight is, too."""
+    x = jnp.array([1e21, 1.0, -3.0, 2.0])
+    w = jnp.array([1e-10, 1.0, 2.0, 1.0])
+    gradient = jax.grad(lambda w: (normjax.layer_norm(x, where=w) ** 3).sum())(w)
+    with jax.enable_x64(True):
+        x, w = jnp.asarray(wide(x)), jnp.asarray(wide(w))
+        want = jax.grad(lambda w: (normjax.layer_norm(x, where=w) ** 3).sum())(w)
+    np.testing.assert_allclose(gradient, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
