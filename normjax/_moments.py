@@ -42,7 +42,8 @@ class Moments:
     for the unbiased one. Uncentered moments (`rms_norm`) have mean 0 and
     ``var = sum(|x|**2) / count``. Where nothing was counted, count is 0, mean 0, var 1.
     With weights, every sum is weighted, and count is the sum of the weights. A variance
-    that the dtype cannot hold, of float32 values more than 1.8e19 apart, is inf.
+    that the dtype cannot hold, of float32 values more than 1.8e19 apart, is inf; its
+    derivative is right nevertheless.
 
     Attributes:
       count: how many values were counted, real, at least float32.
