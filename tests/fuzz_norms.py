@@ -1047,7 +1047,10 @@ def higher(case: Case, seed: int, number: int) -> list:
         for kind in case.data:
             arrays = data(case, kind, seed, number)
             dy = arrays.pop("dy")
-            arrays["x"] = np.clip(arrays["x"], -4, 4)  # a mean that is well known
+            # A mean that is well known; of constants, one that the formula has exactly.
+            arrays["x"] = np.clip(arrays["x"], -4, 4)
+            if kind == "constant":
+                arrays["x"] = np.round(arrays["x"] * 64) / 64
             if case.where == "weights":  # whose inverse is not large, to any power
                 arrays["where"] = np.where(arrays["where"] > 0, rng.uniform(0.5, 2), 0)
             moved = {k: arrays[k] for k in names if arrays[k] is not None}
