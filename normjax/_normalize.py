@@ -45,7 +45,10 @@ def _small(x: jax.Array, *operands: jax.Array | None) -> bool:
 
 
 def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
-    """The formula, in the dtype of the moments; y is zero where nothing counts."""
+    """The formula, in the dtype of the moments; y is zero where nothing counts.
+
+    So is what scale meets there, which is far from the mean and might be no number.
+    """
     stat = m.var.dtype
     x = widened(counted(x, where), stat)
     rstd = rstd_of(m.var, epsilon)
@@ -53,9 +56,10 @@ def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
         scale = widened(scale, stat)
     if centered and scale is not None and _small(x, rstd, scale):
         # One small array, where there would be two.
-        y = product(distance(x, m, centered, 5), own(product(rstd, scale), 1))
+        far = counted(distance(x, m, centered, 5), where)
+        y = product(far, own(product(rstd, scale), 1))
     else:
-        y = standardized(x, m, centered, rstd, 5)
+        y = counted(standardized(x, m, centered, rstd, 5), where)
         y = y if scale is None else product(y, scale)
     if bias is not None:
         y = added(y, widened(bias, stat))

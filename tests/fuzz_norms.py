@@ -872,7 +872,8 @@ def _compare(case, arrays, cotangents, got):
         + 2 * sizes["var"] * (25 * eps * spread + 3 * eps * whole_size)
     )
     # Moments that are taken apart from y have a gradient of their own, in x's dtype.
-    apart = sum(map(np.abs, parts)) if case.norm == "merge" else np.abs(dx)
+    is_apart = case.norm == "merge" or (case.ghosts and "moments" in got)
+    apart = sum(map(np.abs, parts)) if is_apart else np.abs(dx)
     # What is near the smallest numbers, 1 / std too, a platform may take for 0.
     tol = tol + eps_x * apart + floor_x * (1 + S * np.abs(g))
     # Backwards the count and the weight meet x_hat last, and what they leave may be so.
@@ -888,10 +889,12 @@ def _compare(case, arrays, cotangents, got):
     if case.where == "weights":
         dw = (np.conj(of_mean) * s.off).real + of_var * (np.abs(s.off) ** 2 - s.var)
         dw = dw / n
+        apart = np.abs(dw)  # as above
         if "moments" in got:
             of_whole = (np.conj(moment["mean"]) * whole.off).real
             of_whole = of_whole + moment["var"] * (np.abs(whole.off) ** 2 - whole.var)
             dw = dw + of_whole / whole_n
+            apart = apart + np.abs(of_whole / whole_n)
         far, wide = sums.largest(np.abs(s.off)), spread + floor
         tol = (
             unit * X * total * (1 + rstd * far + (rstd * far) ** 2) / n
@@ -906,6 +909,7 @@ def _compare(case, arrays, cotangents, got):
         # That of a variance that is inf by a weight may be beyond the dtype on its way.
         beyond = (whole.var > float(np.finfo(stat).max) / 4) & (sizes["var"] > 0)
         tol = np.where(beyond, np.inf, tol)
+        tol = tol + 2 * float(np.finfo(np.float32).eps) * apart
         dw, tol = np.where(counts, dw, 0), np.where(counts, tol, 0)
         like = (case.devices, *case.where_shape)
         narrow = tuple(i for i, m in enumerate(like) if m == 1)

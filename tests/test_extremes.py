@@ -176,6 +176,19 @@ def test_a_distance_of_small_weight_may_be_beyond_the_root_of_the_dtype():
     np.testing.assert_allclose(gradient, want, rtol=1e-5)
 
 
+def test_where_nothing_counts_a_mean_that_is_far_leaves_no_trace():
+    """The distance of padding from it, over a small std, is infinite, times dy of 0."""
+    x = jnp.array([[3e38, 3e38, jnp.inf]])
+    where = jnp.array([[True, True, False]])
+    m = normjax.moments(x, 1, where=where)
+
+    def loss(scale):
+        return normjax.normalize(x, m, scale, epsilon=1e-5, where=where).sum()
+
+    for scale in (jnp.ones(3), jnp.ones((1, 3))):
+        assert (jax.grad(loss)(scale) == 0).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 @pytest.mark.parametrize("kind", ["plain", "masked", "weighted"])
 def test_sums_in_float64_and_in_units_give_the_same_moments(kind, dtype):
