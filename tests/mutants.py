@@ -28,6 +28,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".mutants"
+EQUIVALENT = ROOT / "tests" / "equivalent_faults.txt"
 # Tests that run whole programs, or look at text alone.
 LEFT_OUT = (
     "test_benchmarks test_compare_norms test_docs test_examples test_fuzz"
@@ -77,6 +78,15 @@ class Fault:
     def __str__(self):
         line, column = self.start
         return f"{self.path}:{line}:{column} {' '.join(self.text.split())}"
+
+    def told(self, source: str) -> str:
+        """The lines before and after, by which a fault is found when others move."""
+        first, last = self.start[0] - 1, self.end[0]
+        before, after = source.splitlines(), self.put(source).splitlines()
+        more = len(after) - len(before)
+        old, new = before[first:last], after[first : last + more]
+        old, new = (" ".join(" ".join(lines).split()) for lines in (old, new))
+        return f"{self.path}: {old} => {new}"
 
     def put(self, source: str) -> str:
         """The file's text with the fault in it."""
@@ -213,6 +223,17 @@ def faults_of(path: str) -> list:
     finder = Finder(path)
     finder.visit(ast.parse((ROOT / path).read_text()))
     return list({str(f): f for f in finder.faults}.values())
+
+
+def equivalent() -> dict:
+    """What was read and found to change nothing that a test could see, and why."""
+    found, why = {}, ""
+    for line in EQUIVALENT.read_text().splitlines():
+        if line.startswith("#"):
+            why = line[1:].strip()
+        elif line:
+            found[line] = why
+    return found
 
 
 # Which tests run which line.
@@ -371,13 +392,15 @@ def _child(tree, tests, pipe):
     os._exit(0)
 
 
-def run(fault, tree, known) -> dict:
+def run(fault, tree, known, alike) -> dict:
     """Puts a fault into a tree, runs tests, and takes it out: what came of it."""
-    tests = tests_for(fault, known)
-    result = {"fault": str(fault), "tests": len(tests)}
-    if not tests:
-        return {**result, "outcome": "no test runs it", "seconds": 0}
     source, start = (ROOT / fault.path).read_text(), time.monotonic()
+    tests, told = tests_for(fault, known), fault.told(source)
+    result = {"fault": str(fault), "told": told, "tests": len(tests), "seconds": 0}
+    if told in alike:
+        return {**result, "outcome": "equivalent"}
+    if not tests:
+        return {**result, "outcome": "no test runs it"}
     (tree / fault.path).write_text(fault.put(source))
     limit = 60 + 3 * sum(known["tests"][t] for t in tests)
     here, there = multiprocessing.Pipe(duplex=False)
@@ -402,7 +425,7 @@ def _preload():
         __import__(name)
 
 
-def _worker(tasks, results, known, until):
+def _worker(tasks, results, known, alike, until):
     _preload()
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder) / "tree"
@@ -413,7 +436,7 @@ def _worker(tasks, results, known, until):
             fault = tasks.get()
             if fault is None:
                 break
-            results.put(run(fault, tree, known))
+            results.put(run(fault, tree, known, alike))
     results.put(None)
 
 
@@ -458,7 +481,7 @@ def main(arguments=None) -> int:
     tasks, results = multiprocessing.Queue(), multiprocessing.Queue()
     for fault in (*faults, *(None for _ in range(options.workers))):
         tasks.put(fault)
-    arguments = (tasks, results, known, until)
+    arguments = (tasks, results, known, equivalent(), until)
     workers = [
         multiprocessing.Process(target=_worker, args=arguments)
         for _ in range(min(options.workers, len(faults)))
@@ -483,15 +506,21 @@ def report(found, of, say) -> int:
     """Says what was killed of each file, and each fault that was not."""
     by_file = collections.defaultdict(list)
     for result in found:
-        by_file[result["fault"].partition(":")[0]].append(result)
+        path = result["fault"].partition(":")[0]
+        part = "tools" if path.startswith("normjax/tools/") else "core"
+        for name in (path, f"of the {part}"):
+            by_file[name].append(result["outcome"].partition(" ")[0])
     say(f"\n{len(found)} of {of} faults")
-    for path, results in sorted(by_file.items()):
-        killed = sum(r["outcome"].startswith("killed") for r in results)
-        say(f"  {100 * killed / len(results):5.0f} %  {killed}/{len(results)}  {path}")
-    alive = [r for r in found if not r["outcome"].startswith("killed")]
+    for name, outcomes in sorted(by_file.items()):
+        killed, alike = outcomes.count("killed"), outcomes.count("equivalent")
+        real = len(outcomes) - alike
+        share = f"{100 * killed / real:5.0f} %" if real else "      -"
+        equal = f", and {alike} read as equivalent" if alike else ""
+        say(f"  {share}  {killed}/{real}  {name}{equal}")
+    alive = [r for r in found if r["outcome"] in ("survived", "no test runs it")]
     say(f"{len(alive)} alive:")
     for result in sorted(alive, key=lambda r: r["fault"]):
-        say(f"  {result['outcome']}: {result['fault']}")
+        say(f"  {result['outcome']}: {result['fault']}\n    {result['told']}")
     return 0
 
 

@@ -77,6 +77,30 @@ def test_of_each_function_of_tests_one_case_comes_first():
     assert mutants.tests_for(fault, known) == ["a::f[1]", "a::g", "a::f[2]"]
 
 
+def test_a_fault_is_told_by_the_lines_before_and_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    source = "a = (\n    b\n    + 1\n)\nif a:\n    raise Fault(\n        1\n    )\n"
+    (tmp_path / "m.py").write_text(source)
+    assert [f.told(source) for f in mutants.faults_of("m.py")] == [
+        "m.py: b + 1 => (b)",
+        "m.py: b + 1 => (1)",
+        "m.py: b + 1 => (b - 1)",
+        "m.py: + 1 => + (2)",
+        "m.py: if a: => if True:",
+        "m.py: if a: => if False:",
+        "m.py: raise Fault( 1 ) => pass",
+    ]
+
+
+def test_faults_read_as_equivalent_are_still_there():
+    told = mutants.equivalent()
+    for path in {fault.partition(":")[0] for fault in told}:
+        source = (mutants.ROOT / path).read_text()
+        there = {f.told(source) for f in mutants.faults_of(path)}
+        assert not {f for f in told if f.startswith(f"{path}:")} - there
+    assert all(told.values()), "each has its reason"
+
+
 def test_every_fault_of_the_core_is_a_program():
     paths = sorted(p.name for p in (mutants.ROOT / "normjax").glob("_[a-z]*.py"))
     for path in paths:
