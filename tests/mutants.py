@@ -1,13 +1,13 @@
-"""Puts one small fault at a time into normjax/ and runs the tests that reach it.
+"""Puts one small fault at a time into normjax/ and runs the tests that run its line.
 
     python tests/mutants.py --minutes 20               # a sample; make mutants
     python tests/mutants.py --all normjax/_axes.py     # every fault of a file, by hand
     python tests/mutants.py --only 'normjax/_axes.py:43:22 a - b'   # one again
 
-First the tests run once, to learn which of them enters which function and how long it
+First the tests run once, to learn which of them runs which line and how long it
 takes (`--map` does only that; the map is kept in .mutants/ until a text changes).
 Then each fault goes into a copy of the tree, and a process that is forked after jax is
-imported runs the tests that enter its function, the quickest first, until one fails.
+imported runs the tests that run its line, the quickest first, until one fails.
 A fault that no test sees has survived: a test is missing, or the code is not needed.
 """
 
@@ -28,6 +28,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".mutants"
+EQUIVALENT = ROOT / "tests" / "equivalent_faults.txt"
 # Tests that run whole programs, or look at text alone.
 LEFT_OUT = (
     "test_benchmarks test_compare_norms test_docs test_examples test_fuzz"
@@ -57,6 +58,8 @@ SWAPS = {
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
 }
+# Arguments of no effect but on the words of help.
+WORDS = {"help", "metavar", "prog", "description"}
 
 
 # The faults.
@@ -65,15 +68,25 @@ SWAPS = {
 class Fault:
     """One piece of a file's text, and what stands there instead."""
 
-    def __init__(self, path, function, node, text):
-        self.path, self.function = path, function
+    def __init__(self, path, node, text, lines):
+        self.path = path
         self.start = (node.lineno, node.col_offset)
         self.end = (node.end_lineno, node.end_col_offset)
         self.text = text
+        self.lines = lines  # of its statement
 
     def __str__(self):
         line, column = self.start
         return f"{self.path}:{line}:{column} {' '.join(self.text.split())}"
+
+    def told(self, source: str) -> str:
+        """The lines before and after, by which a fault is found when others move."""
+        first, last = self.start[0] - 1, self.end[0]
+        before, after = source.splitlines(), self.put(source).splitlines()
+        more = len(after) - len(before)
+        old, new = before[first:last], after[first : last + more]
+        old, new = (" ".join(" ".join(lines).split()) for lines in (old, new))
+        return f"{self.path}: {old} => {new}"
 
     def put(self, source: str) -> str:
         """The file's text with the fault in it."""
@@ -110,7 +123,7 @@ def changes(node):
         if node.args and not isinstance(node.args[0], (ast.Starred, ast.Constant)):
             found.append(node.args[0])
         for i, k in enumerate(node.keywords):
-            if k.arg is not None:
+            if k.arg is not None and k.arg not in WORDS:
                 rest = node.keywords[:i] + node.keywords[i + 1 :]
                 found.append(ast.Call(node.func, node.args, rest))
         words = getattr(node.func, "value", None)
@@ -131,29 +144,31 @@ def changes(node):
 
 
 class Finder(ast.NodeVisitor):
-    """Collects the faults of a file, with the function that each lies in."""
+    """Collects the faults of a file, with the lines of the statement of each."""
 
     def __init__(self, path):
-        self.path, self.inside, self.faults = path, [], []
+        self.path, self.lines, self.faults = path, (1, 1), []
 
     def add(self, node, text):
-        name = ".".join(self.inside) or "<module>"
-        self.faults.append(Fault(self.path, name, node, text))
+        self.faults.append(Fault(self.path, node, text, self.lines))
+
+    def visit(self, node):
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)  # of what has one, the lines before it
+            last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno
+            self.lines = (node.lineno, last)
+        super().visit(node)
 
     def visit_FunctionDef(self, node):
-        self.inside.append(node.name)
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
         for statement in node.body:
             self.visit(statement)
-        self.inside.pop()
 
     def visit_ClassDef(self, node):
-        self.inside.append(node.name)
         for statement in node.body:
             self.visit(statement)
-        self.inside.pop()
 
     def visit_Raise(self, node):
         self.add(node, "pass")  # and leave its words alone
@@ -192,6 +207,11 @@ class Finder(ast.NodeVisitor):
     def visit_JoinedStr(self, node):
         pass
 
+    def visit_Call(self, node):
+        if getattr(node.func, "id", "") == "zip":
+            node.keywords = []  # strict=True looks for what cannot be; False is none
+        self.generic_visit(node)
+
     def generic_visit(self, node):
         if isinstance(node, ast.expr):
             for changed in changes(node):
@@ -205,50 +225,55 @@ def faults_of(path: str) -> list:
     return list({str(f): f for f in finder.faults}.values())
 
 
-# Which tests enter which function.
+def equivalent() -> dict:
+    """What was read and found to change nothing that a test could see, and why."""
+    found, why = {}, ""
+    for line in EQUIVALENT.read_text().splitlines():
+        if line.startswith("#"):
+            why = line[1:].strip()
+        elif line:
+            found[line] = why
+    return found
+
+
+# Which tests run which line.
 
 
 class Recorder:
-    """A plugin of pytest that notes which functions of normjax/ each test enters."""
+    """A plugin of pytest that notes which lines of normjax/ each test runs."""
 
     def __init__(self, out):
-        self.out, self.entered, self.tests = out, collections.defaultdict(set), {}
-        self.home, self.now, self.file = str(ROOT / "normjax") + os.sep, None, None
-
-    def _trace(self, frame, event, arg):
-        code = frame.f_code
-        if code.co_filename.startswith(self.home):
-            self.now.add((code.co_filename[len(str(ROOT)) + 1 :], code.co_qualname))
+        coverage = __import__("coverage")
+        self.out, self.tests, self.file = out, {}, None
+        self.cov = coverage.Coverage(
+            data_file=None, config_file=False, source=[str(ROOT / "normjax")]
+        )
+        self.cov.start()  # before normjax is imported: those lines are of no test
 
     def pytest_runtest_protocol(self, item, nextitem):
-        import threading
-
         import jax
 
         if item.path != self.file:  # what an earlier file traced is not traced again
             jax.clear_caches()
             self.file = item.path
-        self.now = set()
-        threading.settrace(self._trace)
-        sys.settrace(self._trace)
+        self.cov.switch_context(item.nodeid)
 
     def pytest_runtest_logreport(self, report):
-        name = report.nodeid
-        seconds, passed = self.tests.get(name, (0.0, True))
+        seconds, passed = self.tests.get(report.nodeid, (0.0, True))
         passed = passed and report.outcome == "passed"
-        self.tests[name] = (seconds + report.duration, passed)
-        if report.when == "teardown":
-            sys.settrace(None)
-            for path, function in self.now:
-                function = function.replace("<locals>.", "")
-                while function:  # what is entered within a function is within it
-                    self.entered[f"{path}::{function}"].add(name)
-                    function = function.rpartition(".")[0]
+        self.tests[report.nodeid] = (seconds + report.duration, passed)
 
     def pytest_sessionfinish(self):
-        tests = {k: s for k, (s, passed) in self.tests.items() if passed}
-        entered = {k: sorted(v & tests.keys()) for k, v in sorted(self.entered.items())}
-        self.out.write_text(json.dumps({"tests": tests, "entered": entered}))
+        self.cov.stop()
+        names = sorted(k for k, (_, passed) in self.tests.items() if passed)
+        number, ran = {name: i for i, name in enumerate(names)}, {}
+        data = self.cov.get_data()
+        for path in sorted(data.measured_files()):
+            by_line = ran[str(pathlib.Path(path).relative_to(ROOT))] = {}
+            for line, contexts in sorted(data.contexts_by_lineno(path).items()):
+                by_line[line] = sorted(number[c] for c in contexts if c in number)
+        tests = [[name, round(self.tests[name][0], 3)] for name in names]
+        self.out.write_text(json.dumps({"tests": tests, "ran": ran}))
 
 
 def test_files() -> list:
@@ -265,7 +290,7 @@ def _kept(file) -> pathlib.Path:
 
 
 def test_map(workers: int, files: list) -> dict:
-    """Which tests enter which function, and their seconds; made where there is none."""
+    """Which tests run which line, and their seconds; made where there is none."""
     KEPT.mkdir(exist_ok=True)
     kept = {file: _kept(file) for file in files}
     running = []
@@ -276,16 +301,21 @@ def test_map(workers: int, files: list) -> dict:
             old.unlink()
         while sum(child.is_alive() for child in running) >= workers:
             time.sleep(0.2)
+        _preload()
         running.append(multiprocessing.Process(target=_record, args=(file, out)))
         running[-1].start()
     for child in running:
         child.join()
-    merged = {"tests": {}, "entered": collections.defaultdict(list)}
+    lines = collections.defaultdict(lambda: collections.defaultdict(list))
+    merged = {"tests": {}, "ran": lines}
     for out in kept.values():
+        if not out.exists():  # the file's process died; its tests are not used
+            continue
         part = json.loads(out.read_text())
-        merged["tests"] |= part["tests"]
-        for name, tests in part["entered"].items():
-            merged["entered"][name] += tests
+        merged["tests"] |= dict(part["tests"])
+        for path, by_line in part["ran"].items():
+            for line, tests in by_line.items():
+                lines[path][int(line)] += [part["tests"][i][0] for i in tests]
     return merged
 
 
@@ -324,20 +354,28 @@ class First:
 
 
 def tests_for(fault, known) -> list:
-    """The tests to run, the quickest first: those that enter its function, and then
-    the others of their files, which may enter it by what these have traced."""
-    entered = known["entered"].get(f"{fault.path}::{fault.function}", [])
-    if fault.function == "<module>" or not entered:
-        whole = [v for k, v in known["entered"].items() if k.startswith(fault.path)]
-        entered = sorted(set().union(*whole)) if whole else []
-    seconds = known["tests"]
-    files = {t.partition("::")[0] for t in entered}
-    others = {t for t in seconds if t.partition("::")[0] in files} - set(entered)
+    """The tests to run: those that run its lines, and then the others of their files,
+    which may use what these have traced. Of each function of tests one comes first,
+    the quickest before the others, since its other cases mostly see the same."""
+    seconds, lines = known["tests"], known["ran"].get(fault.path, {})
+    first, last = fault.lines
+    within = set().union(*(lines.get(n, ()) for n in range(first, last + 1)))
+    if not within and any(n in lines for n in range(first, last + 1)):
+        within = set().union(*lines.values())  # it runs on import
+    files = {t.partition("::")[0] for t in within}
+    others = {t for t in seconds if t.partition("::")[0] in files} - within
     chosen, total = [], 0.0
-    for test in (*sorted(entered, key=seconds.get), *sorted(others, key=seconds.get)):
-        if total + seconds[test] <= SECONDS:
-            total += seconds[test]
-            chosen.append(test)
+    for group in (within, others):
+        turn = collections.Counter()
+        by_turn = []
+        for test in sorted(group, key=lambda t: (seconds[t], t)):
+            name = test.partition("[")[0]
+            by_turn.append((turn[name], seconds[test], test))
+            turn[name] += 1
+        for _, needed, test in sorted(by_turn):
+            if total + needed <= SECONDS:
+                total += needed
+                chosen.append(test)
     return chosen
 
 
@@ -354,13 +392,15 @@ def _child(tree, tests, pipe):
     os._exit(0)
 
 
-def run(fault, tree, known) -> dict:
+def run(fault, tree, known, alike) -> dict:
     """Puts a fault into a tree, runs tests, and takes it out: what came of it."""
-    tests = tests_for(fault, known)
-    result = {"fault": str(fault), "tests": len(tests)}
-    if not tests:
-        return {**result, "outcome": "no test enters it", "seconds": 0}
     source, start = (ROOT / fault.path).read_text(), time.monotonic()
+    tests, told = tests_for(fault, known), fault.told(source)
+    result = {"fault": str(fault), "told": told, "tests": len(tests), "seconds": 0}
+    if told in alike:
+        return {**result, "outcome": "equivalent"}
+    if not tests:
+        return {**result, "outcome": "no test runs it"}
     (tree / fault.path).write_text(fault.put(source))
     limit = 60 + 3 * sum(known["tests"][t] for t in tests)
     here, there = multiprocessing.Pipe(duplex=False)
@@ -379,10 +419,14 @@ def run(fault, tree, known) -> dict:
     return {**result, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
 
 
-def _worker(tasks, results, known, until):
-    # What every child needs, imported once; no device is touched before a fork.
+def _preload():
+    """Imports what every child needs, once; no device is touched before a fork."""
     for name in ("jax", "jax.numpy", "flax.linen", "flax.nnx", "optax", "pytest"):
         __import__(name)
+
+
+def _worker(tasks, results, known, alike, until):
+    _preload()
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder) / "tree"
         shutil.copytree(
@@ -392,7 +436,7 @@ def _worker(tasks, results, known, until):
             fault = tasks.get()
             if fault is None:
                 break
-            results.put(run(fault, tree, known))
+            results.put(run(fault, tree, known, alike))
     results.put(None)
 
 
@@ -402,11 +446,10 @@ def main(arguments=None) -> int:
     parser.add_argument("--minutes", type=float, default=20, help="of a sample, in all")
     parser.add_argument("--all", action="store_true", help="every fault")
     parser.add_argument("--only", help="one fault, as it is printed")
-    parser.add_argument(
-        "--map", action="store_true", help="only learn what tests enter"
-    )
+    parser.add_argument("--map", action="store_true", help="only learn what tests run")
     parser.add_argument("--tests", nargs="*", help="test files to use; all if left out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, help="faults of the sample, not minutes")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     start = time.monotonic()
@@ -415,7 +458,11 @@ def main(arguments=None) -> int:
         print(text, flush=True)
 
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    say("Which tests enter which function; running those that changed.")
+    # Half of the time of tests goes into compiling, mostly what no fault has changed.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(KEPT / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    say("Which tests run which line; running those that changed.")
     known = test_map(options.workers, options.tests or test_files())
     say(f"{len(known['tests'])} tests; it took {time.monotonic() - start:.0f} s.")
     if options.map:
@@ -425,14 +472,16 @@ def main(arguments=None) -> int:
     if options.only:
         faults = [f for f in faults if str(f) == options.only]
     random.Random(options.seed).shuffle(faults)
-    # Learning what tests enter counts, too, but leaves a quarter of the time.
+    # Learning what tests run counts, too, but leaves a quarter of the time.
     until = max(start + 60 * options.minutes, time.monotonic() + 15 * options.minutes)
-    if options.all or options.only:
+    if options.count is not None:
+        faults = faults[: options.count]
+    if options.all or options.only or options.count is not None:
         until = float("inf")
     tasks, results = multiprocessing.Queue(), multiprocessing.Queue()
     for fault in (*faults, *(None for _ in range(options.workers))):
         tasks.put(fault)
-    arguments = (tasks, results, known, until)
+    arguments = (tasks, results, known, equivalent(), until)
     workers = [
         multiprocessing.Process(target=_worker, args=arguments)
         for _ in range(min(options.workers, len(faults)))
@@ -457,15 +506,21 @@ def report(found, of, say) -> int:
     """Says what was killed of each file, and each fault that was not."""
     by_file = collections.defaultdict(list)
     for result in found:
-        by_file[result["fault"].partition(":")[0]].append(result)
+        path = result["fault"].partition(":")[0]
+        part = "tools" if path.startswith("normjax/tools/") else "core"
+        for name in (path, f"of the {part}"):
+            by_file[name].append(result["outcome"].partition(" ")[0])
     say(f"\n{len(found)} of {of} faults")
-    for path, results in sorted(by_file.items()):
-        killed = sum(r["outcome"].startswith("killed") for r in results)
-        say(f"  {100 * killed / len(results):5.0f} %  {killed}/{len(results)}  {path}")
-    alive = [r for r in found if not r["outcome"].startswith("killed")]
+    for name, outcomes in sorted(by_file.items()):
+        killed, alike = outcomes.count("killed"), outcomes.count("equivalent")
+        real = len(outcomes) - alike
+        share = f"{100 * killed / real:5.0f} %" if real else "      -"
+        equal = f", and {alike} read as equivalent" if alike else ""
+        say(f"  {share}  {killed}/{real}  {name}{equal}")
+    alive = [r for r in found if r["outcome"] in ("survived", "no test runs it")]
     say(f"{len(alive)} alive:")
     for result in sorted(alive, key=lambda r: r["fault"]):
-        say(f"  {result['outcome']}: {result['fault']}")
+        say(f"  {result['outcome']}: {result['fault']}\n    {result['told']}")
     return 0
 
 

@@ -40,17 +40,65 @@ def test_words_of_an_error_and_docstrings_are_left_alone(tmp_path, monkeypatch):
     assert found == ['def f(a):\n    """Says 1 + 1."""\n    pass\n']
 
 
-def test_tests_that_enter_come_first_and_the_quickest_of_them_first(monkeypatch):
-    known = {
-        "tests": {"a::1": 3.0, "a::2": 1.0, "a::3": 0.1, "b::1": 0.1, "a::4": 99.0},
-        "entered": {"normjax/x.py::f": ["a::1", "a::2"]},
-    }
+def test_words_of_help_and_what_zip_looks_for_are_left_alone(tmp_path, monkeypatch):
+    found = texts("add('--a', help='b', metavar='A', n=f())\n", tmp_path, monkeypatch)
+    assert found == ["pass\n", "(add('--a', help='b', metavar='A'))\n"]
+    found = texts("a = zip(b, c, strict=True)\n", tmp_path, monkeypatch)
+    assert found == ["a = (b)\n"]
+
+
+def test_lines_of_a_fault_are_those_of_its_statement(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    source = "def f(\n    a=1,\n):\n    if (\n        a + 1\n    ):\n        b(2 * a)\n"
+    (tmp_path / "m.py").write_text(source)
+    lines = {f.start[0]: f.lines for f in mutants.faults_of("m.py")}
+    assert lines == {2: (1, 3), 5: (4, 6), 7: (7, 7)}
+
+
+def test_tests_that_run_a_line_come_first_and_the_quickest_of_them_first():
+    seconds = {"a::1": 3.0, "a::2": 1.0, "a::3": 0.1, "b::1": 0.1, "a::4": 99.0}
+    ran = {"normjax/x.py": {5: ["a::1", "a::2"], 6: []}}
+    known = {"tests": seconds, "ran": ran}
     node = ast.parse("x").body[0]
-    fault = mutants.Fault("normjax/x.py", "f", node, "y")
+    fault = mutants.Fault("normjax/x.py", node, "y", (4, 5))
     assert mutants.tests_for(fault, known) == ["a::2", "a::1", "a::3"]
-    # What is outside of functions is run by whatever enters the file.
-    fault = mutants.Fault("normjax/x.py", "<module>", node, "y")
+    # What runs on import is run by whatever runs the file.
+    fault = mutants.Fault("normjax/x.py", node, "y", (6, 6))
     assert mutants.tests_for(fault, known) == ["a::2", "a::1", "a::3"]
+    # No test runs it.
+    fault = mutants.Fault("normjax/x.py", node, "y", (7, 7))
+    assert mutants.tests_for(fault, known) == []
+
+
+def test_of_each_function_of_tests_one_case_comes_first():
+    seconds = {"a::f[1]": 0.1, "a::f[2]": 0.2, "a::g": 0.3}
+    known = {"tests": seconds, "ran": {"normjax/x.py": {1: list(seconds)}}}
+    fault = mutants.Fault("normjax/x.py", ast.parse("x").body[0], "y", (1, 1))
+    assert mutants.tests_for(fault, known) == ["a::f[1]", "a::g", "a::f[2]"]
+
+
+def test_a_fault_is_told_by_the_lines_before_and_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    source = "a = (\n    b\n    + 1\n)\nif a:\n    raise Fault(\n        1\n    )\n"
+    (tmp_path / "m.py").write_text(source)
+    assert [f.told(source) for f in mutants.faults_of("m.py")] == [
+        "m.py: b + 1 => (b)",
+        "m.py: b + 1 => (1)",
+        "m.py: b + 1 => (b - 1)",
+        "m.py: + 1 => + (2)",
+        "m.py: if a: => if True:",
+        "m.py: if a: => if False:",
+        "m.py: raise Fault( 1 ) => pass",
+    ]
+
+
+def test_faults_read_as_equivalent_are_still_there():
+    told = mutants.equivalent()
+    for path in {fault.partition(":")[0] for fault in told}:
+        source = (mutants.ROOT / path).read_text()
+        there = {f.told(source) for f in mutants.faults_of(path)}
+        assert not {f for f in told if f.startswith(f"{path}:")} - there
+    assert all(told.values()), "each has its reason"
 
 
 def test_every_fault_of_the_core_is_a_program():
