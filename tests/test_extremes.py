@@ -195,15 +195,20 @@ def test_sums_in_float64_and_in_units_give_the_same_moments(kind, dtype):
     """What a CPU does and what others do, and both as float64 has it."""
     where = masks(kind)
     r = _devices.Reduction((0, 1, 2))
+
+    @jax.jit
+    def both(x, where):
+        return (
+            _measure._in_double(x, where, r),
+            _measure._in_dtype(x, where, r, jnp.float32),
+        )
+
     for size in (2.0**-50, 1.0, 2.0**50, 2.0**66, 2.0**122):
         for shift in (0, 6):
             x = data(dtype)
             x = scaled(x + jnp.asarray(shift, x.dtype), size)
             x = _numbers.counted(x, where)
-            double = jax.jit(lambda x, w: _measure._in_double(x, w, r))(x, where)
-            units = jax.jit(lambda x, w: _measure._in_dtype(x, w, r, jnp.float32))(
-                x, where
-            )
+            double, units = both(x, where)
             weights = (
                 np.ones(x.shape)
                 if where is None
