@@ -268,6 +268,7 @@ def _measured_jvp(r, dtype, primals, tangents):
 
 
 def _dots(r, m, primals, tangents):
+    """The tangents of moments m of x, and of their variance as users see it."""
     x, where = primals
     x_dot, where_dot = tangents_of(where, primals, tangents)
     # A checkpoint keeps for the backward pass just what the map is given. The barrier

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +17,19 @@ _FLAGS = (
     "use_scale use_bias debias skip_nonfinite mask_is_weight update_statistics"
     " force_float32_reductions"
 ).split()
-_CALLED = {
-    "scale_init": "jax.nn.initializers.ones",
-    "bias_init": "jax.nn.initializers.zeros",
-    "promote_dtype": "flax.nnx.nn.dtypes.promote_dtype",
+_MAPPING = ("a dictionary", lambda v: isinstance(v, Mapping), "{}")
+# What a field must be, whether it is, and an example.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "scale_init": ("a function", callable, "jax.nn.initializers.ones"),
+    "bias_init": ("a function", callable, "jax.nn.initializers.zeros"),
+    "promote_dtype": ("a function", callable, "flax.nnx.nn.dtypes.promote_dtype"),
+    "scale_metadata": _MAPPING,
+    "bias_metadata": _MAPPING,
+    "num_features": (
+        "an integer, the number of features of x",
+        lambda v: _check.is_integer(v) and v >= 0,
+        "x.shape[-1]",
+    ),
 }
 
 
@@ -33,36 +42,18 @@ def check_fields(name: str, fields: Mapping[str, Any]) -> None:
     for field in _FLAGS:
         if fields.get(field) is not None:
             _check.flag(name, field, fields[field])
-    for field, example in _CALLED.items():
-        if field in fields and not callable(fields[field]):
-            raise _check.error(
-                TypeError,
-                name,
-                f"{field} must be a function",
-                _check.shown(field, fields[field]),
-                f"Pass {field}={example}, say",
-            )
     for field in ("dtype", "param_dtype"):
         if fields.get(field) is not None:
             _check.inexact_dtype(name, field, fields[field])
-    for field in ("scale_metadata", "bias_metadata"):
-        if not isinstance(fields.get(field, {}), Mapping):
+    for field, (kind, fits, example) in _KINDS.items():
+        if field in fields and not fits(fields[field]):
             raise _check.error(
                 TypeError,
                 name,
-                f"{field} must be a dictionary",
+                f"{field} must be {kind}",
                 _check.shown(field, fields[field]),
-                f"Pass {field}={{}}, or leave it out",
+                f"Pass {field}={example}, say",
             )
-    features = fields.get("num_features", 1)
-    if not _check.is_integer(features) or features < 0:
-        raise _check.error(
-            TypeError,
-            name,
-            "num_features must be an integer, the number of features of x",
-            _check.shown("num_features", features),
-            "Pass x.shape[-1], say",
-        )
 
 
 def flax_axes(name: str, axes: _axes.Axes, ndim: int, what: str) -> tuple[int, ...]:

@@ -42,8 +42,8 @@ class Moments:
     for the unbiased one. Uncentered moments (`rms_norm`) have mean 0 and
     ``var = sum(|x|**2) / count``. Where nothing was counted, count is 0, mean 0, var 1.
     With weights, every sum is weighted, and count is the sum of the weights. A variance
-    that the dtype cannot hold, of float32 values more than 1.8e19 apart, is inf; its
-    derivative is right nevertheless.
+    that the dtype cannot hold, of float32 values more than 1.8e19 apart, is inf. Its
+    derivative is that of the formula, while a cotangent times a distance fits.
 
     Attributes:
       count: how many values were counted, real, at least float32.
@@ -267,11 +267,10 @@ def opened(m: Moments, var: jax.Array | None = None) -> Moments:
     """Moments for users: a variance that the dtype cannot hold is inf.
 
     That of the values times the small unit is then what the dtype could not hold of it,
-    so that `closed` finds it again. ``var`` is the one for users, where it is known;
-    made here, it has a derivative where the dtype can hold it.
+    so that `closed` finds it again. ``var`` is the one for users, where it is known.
     """
     if var is None:
-        beyond = lax.stop_gradient(times_square(-m.var, 1 / unit_of(m.var)))
+        beyond = times_square(-m.var, 1 / unit_of(m.var))
         var = jnp.where(m.var < 0, beyond, m.var)
     var_rest = jnp.where(jnp.isinf(var), -m.var, m.var_rest)
     return dataclasses.replace(m, var=var, var_rest=var_rest)
@@ -374,7 +373,8 @@ def _together_jvp(axis, primals, tangents):
 
         mean = sum(share * mean_i)   var = sum(share * (var_i + |mean_i - mean|**2))
 
-    with ``share = count_i / count``. Autodiff of `merged` would pass the units there.
+    with ``share = count_i / count``. Autodiff of `merged` would multiply cotangents by
+    the inverse square of the small unit, which is beyond float32.
     """
     (m,), (dot,) = primals, tangents
     whole = _together(m, axis)
@@ -390,7 +390,7 @@ def _together_jvp(axis, primals, tangents):
     off = product(mean, unit) - product(whole.mean, unit)
     off = alone(off + (product(rest, unit) - product(whole.rest, unit)), some)
     parts, _ = in_unit(closed(m), unit)
-    # By single products: of a share that does not change nothing is beyond the dtype.
+    # The factor that may be 0 comes first, since the square of a distance may be inf.
     of_shares = share_dot * parts - share_dot * jnp.abs(var)
     of_shares = of_shares + aligned(product(off, share_dot), off)
     of_means = 2 * aligned(off, mean_dot)

@@ -47,7 +47,8 @@ def _small(x: jax.Array, *operands: jax.Array | None) -> bool:
 def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     """The formula, in the dtype of the moments; y is zero where nothing counts.
 
-    So is what scale meets there, which is far from the mean and might be no number.
+    So is the distance that scale meets there: it may be infinite, and the gradient of
+    scale is a sum of distances times a dy of 0.
     """
     stat = m.var.dtype
     x = widened(counted(x, where), stat)

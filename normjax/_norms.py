@@ -208,6 +208,8 @@ def _ghosts(name, x, scale, bias, along, r, size, where, **common):
     over = Reduction(_axes.others((batch, *features), x.ndim + 1))
     view = View(batch, size)
     y, m = _norm(name, x, scale, bias, along, over, where=where, view=view, **common)
+    # Merged from those of the ghosts, without a pass over x more, and with a derivative
+    # of their own, since a chain of merges would pass through variances that are inf.
     m = _moments.merged(_moments.closed(jax.lax.stop_gradient(m)), batch)
     m = jax.tree.map(lambda a: jnp.squeeze(a, batch), m)
     if r.names:

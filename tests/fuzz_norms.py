@@ -1064,15 +1064,16 @@ def higher(case: Case, seed: int, number: int) -> list:
                 jax.tree.map(np.asarray, f(moved, rest, dy, along)) for f in both
             )
             for order, got, want in zip((2, 3), *results, strict=True):
-                # What is 0 by symmetry is a sum of terms of the others' size.
-                largest = max(1.0, *(np.abs(a).max(initial=0.0) for a in want.values()))
+                # What is 0 by symmetry is a sum of terms of the others' size, rounded.
+                sizes = {k: float(np.abs(a).max(initial=0.0)) for k, a in want.items()}
                 for name in moved:
+                    limit = 1e-9 * max(1.0, sizes[name]) + 1e-13 * max(sizes.values())
                     off = np.abs(got[name] - want[name])
                     i = np.unravel_index(np.argmax(off), off.shape)
-                    if not off[i] <= 1e-9 * largest:
+                    if not off[i] <= limit:
                         what = f"derivative {order} by {name}"
                         what += f" is {got[name][i]:.9g}, not {want[name][i]:.9g}"
-                        found.append((kind, what, float(off[i] / (1e-9 * largest))))
+                        found.append((kind, what, float(off[i] / limit)))
     return found
 
 

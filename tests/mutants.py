@@ -28,7 +28,6 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".mutants"
-EQUIVALENT = ROOT / "tests" / "equivalent_faults.txt"
 # Tests that run whole programs, or look at text alone.
 LEFT_OUT = (
     "test_benchmarks test_compare_norms test_docs test_examples test_fuzz"
@@ -143,6 +142,10 @@ def changes(node):
     return found
 
 
+def is_strict(keyword) -> bool:
+    return keyword.arg == "strict" and getattr(keyword.value, "value", None) is True
+
+
 class Finder(ast.NodeVisitor):
     """Collects the faults of a file, with the lines of the statement of each."""
 
@@ -208,8 +211,10 @@ class Finder(ast.NodeVisitor):
         pass
 
     def visit_Call(self, node):
-        if getattr(node.func, "id", "") == "zip":
-            node.keywords = []  # strict=True looks for what cannot be; False is none
+        if (
+            getattr(node.func, "id", "") == "zip"
+        ):  # strict=True looks for what cannot be
+            node.keywords = [k for k in node.keywords if not is_strict(k)]
         self.generic_visit(node)
 
     def generic_visit(self, node):
@@ -223,17 +228,6 @@ def faults_of(path: str) -> list:
     finder = Finder(path)
     finder.visit(ast.parse((ROOT / path).read_text()))
     return list({str(f): f for f in finder.faults}.values())
-
-
-def equivalent() -> dict:
-    """What was read and found to change nothing that a test could see, and why."""
-    found, why = {}, ""
-    for line in EQUIVALENT.read_text().splitlines():
-        if line.startswith("#"):
-            why = line[1:].strip()
-        elif line:
-            found[line] = why
-    return found
 
 
 # Which tests run which line.
@@ -273,7 +267,9 @@ class Recorder:
             for line, contexts in sorted(data.contexts_by_lineno(path).items()):
                 by_line[line] = sorted(number[c] for c in contexts if c in number)
         tests = [[name, round(self.tests[name][0], 3)] for name in names]
-        self.out.write_text(json.dumps({"tests": tests, "ran": ran}))
+        unused = sorted(self.tests.keys() - set(names))  # failed, or skipped
+        found = {"tests": tests, "ran": ran, "unused": unused}
+        self.out.write_text(json.dumps(found))
 
 
 def test_files() -> list:
@@ -307,12 +303,14 @@ def test_map(workers: int, files: list) -> dict:
     for child in running:
         child.join()
     lines = collections.defaultdict(lambda: collections.defaultdict(list))
-    merged = {"tests": {}, "ran": lines}
-    for out in kept.values():
-        if not out.exists():  # the file's process died; its tests are not used
+    merged = {"tests": {}, "ran": lines, "unused": []}
+    for file, out in kept.items():
+        if not out.exists():
+            merged["unused"].append(f"{file}: its process died")
             continue
         part = json.loads(out.read_text())
         merged["tests"] |= dict(part["tests"])
+        merged["unused"] += part["unused"]
         for path, by_line in part["ran"].items():
             for line, tests in by_line.items():
                 lines[path][int(line)] += [part["tests"][i][0] for i in tests]
@@ -392,13 +390,11 @@ def _child(tree, tests, pipe):
     os._exit(0)
 
 
-def run(fault, tree, known, alike) -> dict:
+def run(fault, tree, known) -> dict:
     """Puts a fault into a tree, runs tests, and takes it out: what came of it."""
     source, start = (ROOT / fault.path).read_text(), time.monotonic()
     tests, told = tests_for(fault, known), fault.told(source)
     result = {"fault": str(fault), "told": told, "tests": len(tests), "seconds": 0}
-    if told in alike:
-        return {**result, "outcome": "equivalent"}
     if not tests:
         return {**result, "outcome": "no test runs it"}
     (tree / fault.path).write_text(fault.put(source))
@@ -425,7 +421,7 @@ def _preload():
         __import__(name)
 
 
-def _worker(tasks, results, known, alike, until):
+def _worker(tasks, results, known, until):
     _preload()
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder) / "tree"
@@ -436,7 +432,7 @@ def _worker(tasks, results, known, alike, until):
             fault = tasks.get()
             if fault is None:
                 break
-            results.put(run(fault, tree, known, alike))
+            results.put(run(fault, tree, known))
     results.put(None)
 
 
@@ -465,6 +461,8 @@ def main(arguments=None) -> int:
     say("Which tests run which line; running those that changed.")
     known = test_map(options.workers, options.tests or test_files())
     say(f"{len(known['tests'])} tests; it took {time.monotonic() - start:.0f} s.")
+    for name in known["unused"]:
+        say(f"  not used, since it does not pass: {name}")
     if options.map:
         return 0
     every = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "normjax").rglob("*.py"))
@@ -481,7 +479,7 @@ def main(arguments=None) -> int:
     tasks, results = multiprocessing.Queue(), multiprocessing.Queue()
     for fault in (*faults, *(None for _ in range(options.workers))):
         tasks.put(fault)
-    arguments = (tasks, results, known, equivalent(), until)
+    arguments = (tasks, results, known, until)
     workers = [
         multiprocessing.Process(target=_worker, args=arguments)
         for _ in range(min(options.workers, len(faults)))
@@ -512,11 +510,8 @@ def report(found, of, say) -> int:
             by_file[name].append(result["outcome"].partition(" ")[0])
     say(f"\n{len(found)} of {of} faults")
     for name, outcomes in sorted(by_file.items()):
-        killed, alike = outcomes.count("killed"), outcomes.count("equivalent")
-        real = len(outcomes) - alike
-        share = f"{100 * killed / real:5.0f} %" if real else "      -"
-        equal = f", and {alike} read as equivalent" if alike else ""
-        say(f"  {share}  {killed}/{real}  {name}{equal}")
+        killed, of = outcomes.count("killed"), len(outcomes)
+        say(f"  {100 * killed / of:5.0f} %  {killed}/{of}  {name}")
     alive = [r for r in found if r["outcome"] in ("survived", "no test runs it")]
     say(f"{len(alive)} alive:")
     for result in sorted(alive, key=lambda r: r["fault"]):

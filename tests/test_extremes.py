@@ -130,7 +130,7 @@ def test_moments_and_what_merges_are_right_up_to_the_largest_value():
         for f in (lambda x: normjax.moments(x, 0), of_parts):
             gradient = jax.grad(lambda x, f=f: f(x).var.sum())(x * size)
             close(gradient, 2 * (want - want.mean(0)) / 64, 2e-6)
-            # A second merge, and normalizing, go on with what var does not hold.
+            # A second merge goes on with what var does not hold.
             again = jax.grad(lambda x, f=f: f(x).merge(f(x)).var.sum())(x * size)
             close(again, 2 * (want - want.mean(0)) / 64, 2e-6)
         running = normjax.RunningMoments.init((1, 3)).update(m, momentum=0.9)
