@@ -835,7 +835,7 @@ def _compare(case, arrays, cotangents, got):
     gradients = got["gradients"]
     if np.iscomplexobj(arrays["x"]):
         gradients = {k: np.conj(v) for k, v in gradients.items()}
-    noisy = np.abs(g) + g_error / np.maximum(unit * X, eps)
+    noise = np.abs(g) * unit + g_error
     if bias is not None:
         want, tol = g, eps * 25 * np.abs(g) + g_error
         if not np.iscomplexobj(arrays["bias"]):
@@ -845,7 +845,7 @@ def _compare(case, arrays, cotangents, got):
         want, tol = _summed(case, want, case.bias), tol + floor
         yield from compare("dbias", gradients["bias"], want, tol, of)
     if scale is not None:
-        want, tol = g * np.conj(x_hat), noisy * unit * X
+        want, tol = g * np.conj(x_hat), noise * X
         if not np.iscomplexobj(arrays["scale"]):
             want = want.real
         of = arrays["scale"].dtype
@@ -865,8 +865,8 @@ def _compare(case, arrays, cotangents, got):
         else np.zeros_like(rstd),  # also where the moments are NaN
     )
     dx = np.where(counts, sum(parts), 0)
-    total = sums.total(S * noisy)
-    tol = unit * rstd * (S * noisy + s.weights / n * total * (1 + np.abs(x_hat) * X))
+    total = sums.total(S * noise)
+    tol = rstd * (S * noise + s.weights / n * total * (1 + np.abs(x_hat) * X))
     tol = tol + whole.weights / whole_n * (
         25 * eps * sizes["mean"]
         + 2 * sizes["var"] * (25 * eps * spread + 3 * eps * whole_size)
@@ -884,7 +884,8 @@ def _compare(case, arrays, cotangents, got):
         # The derivative of a variance that is inf by the mean of a piece, or the std.
         beyond = 4 * sizes["var"] * spread >= float(np.finfo(stat).max)
         tol = np.where(beyond, np.inf, tol)
-    tol = tol + floor_x * s.weights / n * total * (1 + np.abs(x_hat) * X)
+    all_g = sums.total(S * (np.abs(g) + g_error))
+    tol = tol + floor_x * s.weights / n * all_g * (1 + np.abs(x_hat) * X)
     yield from compare("dx", gradients["x"], dx, np.where(counts, tol, 0), case.dtype)
     if case.where == "weights":
         dw = (np.conj(of_mean) * s.off).real + of_var * (np.abs(s.off) ** 2 - s.var)
@@ -897,7 +898,7 @@ def _compare(case, arrays, cotangents, got):
             apart = apart + np.abs(of_whole / whole_n)
         far, wide = sums.largest(np.abs(s.off)), spread + floor
         tol = (
-            unit * X * total * (1 + rstd * far + (rstd * far) ** 2) / n
+            X * total * (1 + rstd * far + (rstd * far) ** 2) / n
             + (
                 sizes["mean"] * (25 * eps * wide + 3 * eps * whole_size)
                 + sizes["var"]
