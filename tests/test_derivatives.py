@@ -137,28 +137,33 @@ def derivatives(
 ):
     """First and second order, forward and reverse, as (split, whole) results.
 
-    Compiling takes the time, so reverse over reverse is taken of one kind, and a
-    gradient that is not a part of the second order of another.
+    Compiling takes the time, so reverse over reverse is taken of one kind, as the
+    transpose of what forward over reverse is there, and a gradient that is not a part
+    of the second order of another.
     """
 
     def gradient(x, parameters):
         gx, gp = jax.grad(loss, (0, 1))(x, parameters)
         return gx, collect(gp)
 
-    def of_gradient(x, parameters):
-        gx, gp = gradient(x, parameters)
+    def of_gradient(gx, gp):
         split = sum(bent(g) for g in jax.tree.leaves(gx))
         return split + share * sum(bent(g / 9) for g in gp)
 
     point, direction = (x, parameters), (dx, directions)
     forward = jax.jvp(loss, point, direction)[1]
-    (gx, gp), (hx, hp) = jax.jvp(gradient, point, direction)
+    if kind == "masked":
+        (gx, gp), along = jax.linearize(gradient, *point)
+        hx, hp = along(*direction)
+    else:
+        (gx, gp), (hx, hp) = jax.jvp(gradient, point, direction)
     if kind == "plain":
         gx, gp = gradient(*point)
     split = {"grad": gx, "forward over reverse": hx}
     whole = {"grad": gp, "forward over reverse": hp, "forward": forward}
     if kind == "masked":
-        rx, rp = jax.grad(of_gradient, (0, 1))(*point)
+        back = jax.linear_transpose(along, *direction)
+        rx, rp = back(jax.grad(of_gradient, (0, 1))(gx, gp))
         split["reverse over reverse"] = rx
         whole["reverse over reverse"] = collect(rp)
     return split, whole
