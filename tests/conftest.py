@@ -16,6 +16,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_addoption(parser):
     text = "compile as users do; it takes longer"
     parser.addoption("--optimized", action="store_true", help=text)
+    text = "every combination; without it a part of them, in which each kind is"
+    parser.addoption("--whole", action="store_true", help=text)
 
 
 def pytest_configure(config):
@@ -25,6 +27,14 @@ def pytest_configure(config):
     known = jax.__version_info__ < (0, 11)
     if known and older not in flags and not config.getoption("--optimized"):
         os.environ["XLA_FLAGS"] = f"{flags} {older}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves further combinations to --whole."""
+    further = [item for item in items if item.get_closest_marker("further")]
+    if further and not config.getoption("--whole"):
+        config.hook.pytest_deselected(items=further)
+        items[:] = [item for item in items if not item.get_closest_marker("further")]
 
 
 @pytest.fixture(scope="session", autouse=True)
