@@ -18,7 +18,8 @@ compare: $(DONE)
 	$(PY) examples/compare_norms.py
 
 # A file's tests share what they compile, so that a worker gets whole files.
-# `make test OPTIONS=--optimized` compiles as users do; it takes longer.
+# `make test OPTIONS=--optimized` compiles as users do, `make test OPTIONS=--whole` takes
+# every combination of what is combined; both take longer.
 # `make test CHECKS=` leaves out what no compiler and no version changes.
 OPTIONS ?=
 CHECKS ?= lint types

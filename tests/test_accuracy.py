@@ -3,8 +3,6 @@
 import accuracy
 import pytest
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 HARD = ["100", "1e5", "1e3, one value 0", "1, one value 1e4"]
 
 
