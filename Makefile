@@ -24,7 +24,7 @@ compare: $(DONE)
 OPTIONS ?=
 CHECKS ?= lint types
 test: $(DONE) $(CHECKS)
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(OPTIONS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 # Real processes that train together, are killed, hang, or are told to leave.
 test-processes: $(DONE)

@@ -29,12 +29,35 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} {older}"
 
 
+# Files that take longest come first, so that no worker waits for another at the end.
+SLOWEST = (
+    "derivatives arguments doctor notebooks docs train_digits compare_norms extremes"
+    " types look replace nnx linen fold compiled state recalibrate fuzz accuracy"
+).split()
+
+
+def _turn(item):
+    name = item.path.stem.removeprefix("test_")
+    return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves further combinations to --whole."""
+    """Puts the slowest files first, and leaves further combinations to --whole."""
+    items.sort(key=_turn)
     further = [item for item in items if item.get_closest_marker("further")]
     if further and not config.getoption("--whole"):
         config.hook.pytest_deselected(items=further)
         items[:] = [item for item in items if not item.get_closest_marker("further")]
+
+
+@pytest.fixture
+def some(pytestconfig):
+    """some(table, i): every second row of a table, in turn; with --whole, all rows.
+
+    Two tables are combined in part: each row of one meets half of the other.
+    """
+    whole = pytestconfig.getoption("--whole")
+    return lambda table, i: list(table) if whole else list(table)[i % 2 :: 2]
 
 
 @pytest.fixture(scope="session", autouse=True)

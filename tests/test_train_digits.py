@@ -75,6 +75,7 @@ def refusal(capsys, *options):
 # The claims.
 
 
+@pytest.mark.further  # make demo does the same
 def test_demo_reaches_98_percent_and_leaves_checkpoint_and_picture(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", SCRIPT, "--out", tmp_path / "out"],
@@ -110,6 +111,7 @@ def assert_parallel_ways_agree(dtype, tolerance):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.further
 def test_parallel_ways_agree_to_1e_5_in_float32(monkeypatch):
     monkeypatch.setattr(demo, "BLOCKS", 1)  # 9 layers, which compile in less time
     assert_parallel_ways_agree("float32", 1e-5)
