@@ -21,12 +21,19 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Takes XLA's older emitters, where it has them: they compile in half the time."""
-    older = "--xla_cpu_use_fusion_emitters=false"  # which newer versions do not know
+    """Compiles quickly, since tests mostly wait for the compiler.
+
+    Without LLVM's optimizations, and with XLA's older emitters, where it has them, in
+    one piece: they take half the time.
+    """
+    quick = not config.getoption("--optimized")
+    jax.config.update("jax_disable_most_optimizations", quick)
+    # Newer versions do not know them.
+    older = "--xla_cpu_use_fusion_emitters=false"
+    one = "--xla_cpu_parallel_codegen_split_count=1"
     flags = os.environ.get("XLA_FLAGS", "")
-    known = jax.__version_info__ < (0, 11)
-    if known and older not in flags and not config.getoption("--optimized"):
-        os.environ["XLA_FLAGS"] = f"{flags} {older}"
+    if jax.__version_info__ < (0, 11) and older not in flags and quick:
+        os.environ["XLA_FLAGS"] = f"{flags} {older} {one}"
 
 
 # Files that take longest come first, so that no worker waits for another at the end.
@@ -60,14 +67,6 @@ def some(pytestconfig):
     return lambda table, i: list(table) if whole else list(table)[i % 2 :: 2]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_compile(pytestconfig):
-    """Leaves LLVM's optimizations out, since tests mostly wait for the compiler."""
-    quick = not pytestconfig.getoption("--optimized")
-    jax.config.update("jax_disable_most_optimizations", quick)
-    return quick
-
-
 @pytest.fixture
 def strict():
     """Refuses every implicit promotion of a dtype or a rank."""
@@ -83,11 +82,12 @@ def float64():
 
 
 @pytest.fixture
-def optimized(quick_compile):
+def optimized(pytestconfig):
     """LLVM with its optimizations, for tests of what they may change."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", quick_compile)
+    quick = not pytestconfig.getoption("--optimized")
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="session")

@@ -80,12 +80,13 @@ def run_workers(out, *options):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(once, quick_compile):
+def compiled(once, pytestconfig):
     """What is compiled by one test serves the next, and is compiled as tests are."""
+    quick = not pytestconfig.getoption("--optimized")
     with pytest.MonkeyPatch.context() as patch:
         folder = once("compiled", lambda folder: None)
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(quick_compile))
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(quick))
         yield
 
 
