@@ -4,16 +4,31 @@ A new norm adds its row here and inherits every suite that runs over `FAMILY`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import normjax
 
 EPSILON = 1e-5
+
+
+def combined(*tables) -> list:
+    """Every combination of a row of each table, for parametrize.
+
+    `make test` takes every second one, in which each row is; the others are `further`.
+    """
+    found = []
+    for rows in itertools.product(*map(enumerate, tables)):
+        numbers, values = zip(*rows, strict=True)
+        further = [pytest.mark.further] * (sum(numbers) % 2)
+        found.append(pytest.param(*values, marks=further))
+    return found
 
 
 def tolerance(reduced: int, dtype: Any = jnp.float64, c: float = 10.0) -> float:

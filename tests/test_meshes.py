@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import mesh
-from family import assert_close
+from family import assert_close, combined
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -97,8 +97,9 @@ def test_what_moves_is_seen():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "kind"), combined(LAYOUTS, [AxisType.Auto, AxisType.Explicit])
+)
 def test_a_mesh_changes_no_digit_and_moves_no_x(layout, kind):
     """As on one device, each norm; parameters lie as the features do."""
     norms = tuple(NORMS)
@@ -161,8 +162,9 @@ def test_one_axis_by_name_and_the_other_automatic(check_vma):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("ghosts", [None, 1])
+@pytest.mark.parametrize(
+    ("ghosts", "kind"), combined([None, 1], [AxisType.Auto, AxisType.Explicit])
+)
 def test_masks_and_gradients_by_name_with_the_features_over_the_other(kind, ghosts):
     x, *_ = arguments()
     where = jnp.ones((len(x), 1, 1, 1), bool).at[1:3].set(False)

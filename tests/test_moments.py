@@ -279,9 +279,12 @@ def across(context, x, where, axis=(0, 1, 2), groups=None):
     return jax.jit(lambda x, w: c.run(local, (x, w), jnp.zeros(()))[1])(x, where)
 
 
-@pytest.mark.parametrize("context", MAPPED)
-@pytest.mark.parametrize("mask", ["plain", "masked", "weighted"])
-@pytest.mark.parametrize("bytes_", [_devices.ONE_ALL_REDUCE_BYTES, 0])
+@pytest.mark.parametrize(
+    ("context", "mask", "bytes_"),
+    family.combined(
+        MAPPED, ["plain", "masked", "weighted"], [_devices.ONE_ALL_REDUCE_BYTES, 0]
+    ),
+)
 def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch):
     """With device means 100 std apart, in one all-reduce and in two."""
     monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", bytes_)
@@ -303,9 +306,14 @@ def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch)
     np.testing.assert_allclose(got.var, want.var, rtol=1e-6)
 
 
-@pytest.mark.parametrize("context", [c for c in MAPPED if c != "partial manual"])
-@pytest.mark.parametrize("kind", ["plain", "masked", "complex and weighted"])
-@pytest.mark.parametrize("how", ["one all-reduce", "two", "apart"])
+@pytest.mark.parametrize(
+    ("context", "kind", "how"),
+    family.combined(
+        [c for c in MAPPED if c != "partial manual"],
+        ["plain", "masked", "complex and weighted"],
+        ["one all-reduce", "two", "apart"],
+    ),
+)
 def test_sync_of_sub_groups_is_that_of_each_alone(context, kind, how, monkeypatch):
     """Of unequal sizes; where jax itself raises too; NaN stays in its own group."""
     if how == "two":
