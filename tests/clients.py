@@ -26,6 +26,11 @@ import traceback
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all the time is that of compiling, which takes a third so.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 ALGOPERF = "algoperf.workloads"
 BONSAI = "bonsai.models"

@@ -324,6 +324,12 @@ def variables_of(tree: Any) -> Any:
     return nnx.state(tree) if nnx and isinstance(tree, nnx.Module) else tree
 
 
+def is_linen(model: Any) -> bool:
+    """Whether something is a module of linen."""
+    of = getattr(sys.modules.get("flax.linen"), "Module", None)
+    return of is not None and isinstance(model, of)
+
+
 def leaves(tree: Any) -> dict[tuple[str, ...], Any]:
     """The arrays of a tree by their paths; a variable of nnx counts as its array."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)

@@ -83,6 +83,7 @@ def norm_table(variables: Any) -> list[Row]:
       One `Row` for each norm, sorted by path, numbers in names by their size.
 
     Raises:
+      TypeError: if variables is a linen model, which holds none.
       ValueError: if there is no norm in it, or a mean and a var of two shapes.
 
     Example:
@@ -95,6 +96,14 @@ def norm_table(variables: Any) -> list[Row]:
     """
     nodes: dict[tuple, dict[str, np.ndarray]] = {}
     kernels = set()
+    if models.is_linen(variables):
+        raise _check.error(
+            TypeError,
+            "norm_table",
+            "variables must be a tree of arrays or an nnx model",
+            f"a linen {type(variables).__name__}, which holds none",
+            "Pass what its init returned, trained",
+        )
     tree = models.variables_of(variables)
     leaves = checkpoints.without_optimizer(dict(_arrays(tree, ())))
     for path, value in leaves.items():
