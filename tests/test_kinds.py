@@ -750,10 +750,22 @@ def test_the_doctor_skips_what_needs_a_field_that_a_class_has_not():
     assert report.skipped["extreme-variance"] == (
         "the class has no field epsilon, of batch"
     )
-    assert "the class has no field num_groups, of group" in (
-        report.skipped["group-of-one"]
-    )
+    said = report.skipped["group-of-one"]
+    assert "the class has no field num_groups, of group" in said
     assert not any("epsilon" in f.what for f in report.findings)
+
+
+@pytest.mark.parametrize("of", [BareLayerNorm, BareGroupNorm, BareInstanceNorm])
+def test_the_doctor_takes_the_axes_of_its_kind_for_a_class_without(of):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return of(name="norm")(nn.Dense(4)(x).reshape(3, 2, 4))
+
+    variables = Net().init(jax.random.key(0), X)
+    report = tools.doctor(Net(), X, variables=variables, kinds={of: BARE[of]}, steps=2)
+    assert report.norms == 1
+    assert ("group-of-one" in report.skipped) == (of is BareGroupNorm)
 
 
 def test_the_doctor_skips_fields_that_classes_of_nnx_have_not():

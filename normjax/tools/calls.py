@@ -202,7 +202,11 @@ def _noted(
 
 
 def _noted_norm(
-    watch: Watch, place: tuple, own: Callable, *args: Any, **kwargs: Any
+    watch: Watch,
+    place: tuple[tuple, str, Any],
+    own: Callable,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Calls a norm without running statistics, and notes it."""
     name = models.operand(own, args, kwargs)  # a class of a user's own may call it z

@@ -59,7 +59,7 @@ class Look(NamedTuple):
       layer: which layer of an ``nn.scan`` or ``nn.vmap``; None outside of one.
       call: which call of the norm, from 0.
       values: how many values each of its statistics is of; those under a mask are left
-        out of batch norm's alone.
+        out of batch norm's alone. NaN for a group norm of your own without num_groups.
       mean: of the input, over all channels.
       std: of the input, over all channels.
       output_mean: of the output.
@@ -589,7 +589,7 @@ def _values(
     else:
         reduced = getattr(module, "reduction_axes", -1)
         axes = list(_module.flax_axes(kind, reduced, len(shape), "axes"))
-    groups = 1
+    groups: float = 1
     if kind == "GroupNorm":
         groups = groups_of(module, shape[-1]) or math.nan
     return jnp.asarray(math.prod(shape[a] for a in axes) / groups, count.dtype)
