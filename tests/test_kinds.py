@@ -583,7 +583,8 @@ def test_registered_norms_are_recalibrated():
     assert type(got.called) is NnxBatchNorm and type(got.told[0]) is ToldBatchNorm
     assert_close(got.called.mean[...], whole.mean(0), 32)
     assert_close(got.called.var[...], whole.var(0), 32)
-    assert (got.told[0].mean[...] != model.told[0].mean[...]).all()
+    # Its mean is 0 but for rounding, of what comes normalized to it.
+    assert (got.told[0].var[...] != model.told[0].var[...]).all()
 
 
 class Foldable(nn.Module):
