@@ -12,7 +12,9 @@ checkout, or what that imports, is missing are skipped, and say so.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -24,10 +26,15 @@ import traceback
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all the time is that of compiling, which takes a third so.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 ALGOPERF = "algoperf.workloads"
 BONSAI = "bonsai.models"
-LM = "dtype=float, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32"
+LM = "dtype=wide, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32"
 LM += ", max_len=16"
 VIT = "hidden_size=16, transformer=dict(num_layers=2, mlp_dim=32, num_heads=2"
 IMAGES = "normal(4, 32, 32, 3)"
@@ -46,6 +53,7 @@ class Row:
       inputs: an expression of the tuple of inputs.
       train, infer: keyword arguments of the call.
       axis: a device axis that must be bound around the call.
+      kinds: an expression of ``kinds``, of a model whose norms are its own.
     """
 
     name: str
@@ -57,6 +65,7 @@ class Row:
     train: str = "{}"
     infer: str = "{}"
     axis: str | None = None
+    kinds: str = "None"
 
 
 def _row(
@@ -83,7 +92,7 @@ ROWS = [
         "examples/imagenet",
         "models",
         "ResNet(stage_sizes=[1, 1], block_cls=ResNetBlock, num_classes=5,"
-        " num_filters=8, dtype=float)",
+        " num_filters=8, dtype=wide)",
         mode="train=t",
         axis="batch",
     ),
@@ -145,7 +154,8 @@ ROWS = [
         BIG,
         ".",
         "big_vision.models.vit",
-        "Model(5, patch_size=(8, 8), width=16, depth=2, num_heads=2, mlp_dim=32)",
+        "Model(5, patch_size=(8, 8), width=16, depth=2, num_heads=2, mlp_dim=32,"
+        " dtype_mm=wide)",
         mode="train=t",
     ),
     _row(
@@ -154,7 +164,7 @@ ROWS = [
         ".",
         "big_vision.models.vit",
         "Model(5, patch_size=(8, 8), width=16, depth=2, num_heads=2, mlp_dim=32,"
-        " scan=True, pool_type='map')",
+        " scan=True, pool_type='map', dtype_mm=wide)",
         mode="train=t",
     ),
     _row(
@@ -181,6 +191,7 @@ ROWS = [
         "big_vision.models.bit_paper",
         "Model(5, width=1, depth=(1, 1))",
         mode="train=t",
+        kinds='{GroupNorm: "GroupNorm"}',
     ),
     _row(
         "jax-resnet",
@@ -195,15 +206,15 @@ ROWS = [
         "n2cholas/jax-resnet",
         ".",
         "jax_resnet.resnet",
-        "ResNeSt(block_cls=ResNeStBottleneckBlock, stage_sizes=[1, 1], n_classes=5,"
-        " hidden_sizes=(8, 16), stem_cls=partial(ResNeStStem, stem_width=8))",
+        "ResNet(block_cls=ResNeStBottleneckBlock, stage_sizes=[1, 1], n_classes=5,"
+        " hidden_sizes=(8, 16), stem_cls=partial(ResNetDStem, stem_width=8))",
     ),
     _row(
         "algoperf-resnet",
         PERF,
         ".",
         f"{ALGOPERF}.imagenet_resnet.imagenet_jax.models",
-        "ResNet((1, 1), BottleneckResNetBlock, 5, num_filters=8)",
+        "ResNet((1, 1), BottleneckResNetBlock, 5, num_filters=8, dtype=wide)",
         mode="update_batch_norm=t",
     ),
     _row(
@@ -211,7 +222,7 @@ ROWS = [
         PERF,
         ".",
         f"{ALGOPERF}.cifar.cifar_jax.models",
-        "ResNet((1, 1), ResNetBlock, 5, num_filters=8)",
+        "ResNet((1, 1), ResNetBlock, 5, num_filters=8, dtype=wide)",
         mode="update_batch_norm=t",
     ),
     _row(
@@ -223,12 +234,11 @@ ROWS = [
         mode="train=t",
     ),
     _row(
-        "algoperf-vit-post-norm",
+        "algoperf-vit-map",
         PERF,
         ".",
         f"{ALGOPERF}.imagenet_vit.imagenet_jax.models",
-        "ViT(5, (8, 8), width=16, depth=2, mlp_dim=32, num_heads=2, use_map=True,"
-        " use_post_layer_norm=True)",
+        "ViT(5, (8, 8), width=16, depth=2, mlp_dim=32, num_heads=2, use_map=True)",
         mode="train=t",
     ),
     _row(
@@ -264,16 +274,18 @@ ROWS = [
         ".",
         f"{ALGOPERF}.librispeech_conformer.librispeech_jax.models",
         "Conformer(ConformerConfig(vocab_size=11, encoder_dim=16,"
-        " num_attention_heads=2, num_encoder_layers=1, use_specaug=False))",
+        " num_attention_heads=2, num_encoder_layers=1, use_specaug=False,"
+        " dtype=wide))",
         "(normal(2, 4000), jnp.zeros((2, 4000)))",
         "train=t",
+        kinds='{LayerNorm: "LayerNorm", BatchNorm: "BatchNorm"}',
     ),
     _row(
         "nanodo",
         "google-deepmind/nanodo",
         ".",
         "nanodo.model",
-        "TransformerDo(DoConfig(D=16, H=2, L=8, N=2, V=11, F=32, dtype=float,"
+        "TransformerDo(DoConfig(D=16, H=2, L=8, N=2, V=11, F=32, dtype=wide,"
         " fsdp_enabled=False))",
         TOKENS,
     ),
@@ -346,20 +358,46 @@ def _names(module):
         return jax.random.randint(jax.random.key(7), shape, 1, 11)
 
     tools = {"types": types, "jnp": jnp, "normal": normal, "integers": integers}
-    return {**vars(module), **tools, "rngs": nnx.Rngs(0)}
+    wide = jnp.result_type(float)
+    return {**vars(module), **tools, "wide": wide, "rngs": nnx.Rngs(0)}
 
 
 def _made(row, folder):
-    """Imports a row's module anew, and makes its model, inputs and arguments."""
+    """Imports a row's module anew, and makes its model, inputs, arguments and kinds."""
     root = str(folder / row.repository.partition("/")[2] / row.root)
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")).startswith(str(folder)):
+        if folder in pathlib.Path(getattr(module, "__file__", None) or "").parents:
             del sys.modules[name]
     if root not in sys.path:
         sys.path.insert(0, root)
     names = _names(importlib.import_module(row.module))
-    parts = (row.make, row.inputs, row.train, row.infer)
+    parts = (row.make, row.inputs, row.train, row.infer, row.kinds)
     return [eval(text, dict(names)) for text in parts]
+
+
+@contextlib.contextmanager
+def _exact():
+    """Within it, Flax's norms take their statistics in float64, in two passes.
+
+    Else what is compared is their rounding: they take them in float32 wherever x is,
+    and by the difference of two large numbers.
+    """
+    import flax.linen.normalization as of_linen
+    import flax.nnx.nn.normalization as of_nnx
+    import jax.numpy as jnp
+
+    def exact(own, x, axes, dtype, *args, use_fast_variance, **kwargs):
+        wide = jnp.promote_types(dtype or jnp.result_type(x), jnp.float64)
+        return own(x, axes, wide, *args, use_fast_variance=False, **kwargs)
+
+    before = [(of, of._compute_stats) for of in (of_linen, of_nnx)]
+    for of, own in before:
+        of._compute_stats = functools.partial(exact, own)
+    try:
+        yield
+    finally:
+        for of, own in before:
+            of._compute_stats = own
 
 
 def _swap():
@@ -408,6 +446,29 @@ def _moved(tree):
     return jax.tree_util.tree_map_with_path(each, tree)
 
 
+def _narrows(program) -> bool:
+    """Whether a program makes less of arrays of float64, on its own account."""
+    import jax
+    import numpy as np
+
+    for equation in program.eqns:
+        for a, b in zip(equation.invars, equation.outvars, strict=False):
+            a, b = a.aval, b.aval
+            if (
+                equation.primitive.name == "convert_element_type"
+                and a.dtype == np.float64
+                and jax.numpy.issubdtype(b.dtype, np.floating)
+                and b.dtype.itemsize < 8
+                and b.size > 1
+            ):
+                return True
+        for parameter in jax.tree.leaves(list(equation.params.values())):
+            within = getattr(parameter, "jaxpr", parameter)
+            if hasattr(within, "eqns") and _narrows(within):
+                return True
+    return False
+
+
 def results(row, made):
     """Outputs, gradients and statistics of a model, as a flat dictionary, and in which
     dtype its program computes."""
@@ -416,7 +477,7 @@ def results(row, made):
     import jax.numpy as jnp
     from flax import nnx
 
-    model, inputs, train, infer = made
+    model, inputs, train, infer, _ = made
     key = jax.random.key(3)
 
     def loss(tree):
@@ -447,7 +508,7 @@ def results(row, made):
         params, state = _moved(params), _moved(state)
 
         def run(params, arguments):
-            copy = nnx.merge(graph, params, state)
+            copy = nnx.merge(graph, params, state, copy=True)
             y = copy(*inputs, **arguments)
             after = nnx.split(copy, nnx.Param, ...)[2]
             return loss(y), (y, after)
@@ -456,7 +517,7 @@ def results(row, made):
     for mode, arguments in (("train", train), ("infer", infer)):
         grad = jax.grad(lambda p, a=arguments: run(p, a), has_aux=True)
         program = jax.jit(_bound(row, grad))
-        narrow |= bool(re.search(r"\bf32\[\d", str(program.trace(params).jaxpr)))
+        narrow |= _narrows(program.trace(params).jaxpr.jaxpr)
         gradients, (y, after) = program(params)
         parts = {"y": y, "gradients": gradients, "state": after}
         for path, a in jax.tree_util.tree_leaves_with_path(parts):
@@ -490,7 +551,7 @@ def tools_on(row, made):
 
     from normjax import tools
 
-    model, inputs, train, infer = made
+    model, inputs, train, infer, kinds = made
     key, is_linen = jax.random.key(3), isinstance(model, nn.Module)
     variables = None
     if is_linen:
@@ -500,18 +561,17 @@ def tools_on(row, made):
                 lambda: model.init({"params": key, "dropout": key}, *inputs, **infer),
             )
         )
-        variables = init()
+        variables = _moved(init())
+    else:
+        nnx.update(model, _moved(nnx.state(model)))
     given = {"variables": variables} if is_linen else {}
     first = (variables, *inputs) if is_linen else inputs
     seen = {"rngs": {"dropout": key}} if is_linen else {}
-    kind = (
-        "batch"
-        if any(
-            n.kind == "BatchNorm"
-            for n in _quietly(tools.find_norms, model, *inputs, **infer)
-        )
-        else "layer"
-    )
+    called = {"kinds": kinds, **infer}
+    norms = _quietly(tools.find_norms, model, *inputs, **called)
+    of = {norm.kind: norm.kind.removesuffix("Norm").lower() for norm in norms}
+    old = next((of[k] for k in ("BatchNorm", "LayerNorm") if k in of), "any")
+    new, fields = ("group", {"num_groups": 1}) if old == "batch" else ("rms", {})
 
     def recalibrate():
         if is_linen:
@@ -525,26 +585,24 @@ def tools_on(row, made):
                     mutable=["batch_stats"],
                 )
 
-            return tools.recalibrate(apply, variables, [inputs], progress=False)
-        return tools.recalibrate(
-            lambda model, batch: model(*batch, **train), model, [inputs], progress=False
-        )
+            what = apply, variables
+        else:
+            what = lambda model, batch: model(*batch, **train), model
+        return tools.recalibrate(*what, [inputs], kinds=kinds, progress=False)
 
     def decay_mask():
-        norms = tools.find_norms(model, *inputs, **infer)
+        norms = tools.find_norms(model, *inputs, **called)
         params = variables["params"] if is_linen else nnx.state(model, nnx.Param)
         return tools.decay_mask(params, norms)
 
     calls = {
-        "find_norms": lambda: tools.find_norms(model, *inputs, **infer),
-        "look": lambda: tools.look(model, *first, **infer, **seen),
-        "doctor": lambda: tools.doctor(model, *inputs, **train, **given),
+        "find_norms": lambda: tools.find_norms(model, *inputs, **called),
+        "look": lambda: tools.look(model, *first, **called, **seen),
+        "doctor": lambda: tools.doctor(model, *inputs, kinds=kinds, **train, **given),
         "recalibrate": recalibrate,
-        "fold": lambda: tools.fold(model, *first, **infer, **seen, seconds=0.0),
-        "freeze": lambda: tools.freeze(model),
-        "replace": lambda: tools.replace(
-            model, kind, "rms" if kind == "layer" else "group"
-        ),
+        "fold": lambda: tools.fold(model, *first, **called, **seen, seconds=0.0),
+        "freeze": lambda: tools.freeze(model, kinds=kinds),
+        "replace": lambda: tools.replace(model, old, new, kinds=kinds, **fields),
         "decay_mask": decay_mask,
         "norm_table": lambda: tools.norm_table(variables if is_linen else model),
     }
@@ -559,7 +617,8 @@ def tools_on(row, made):
             house = re.match(r"[\w.]+: .*\. Got .*\. .*\.$", text)
             what = "refused" if house else f"FAULT {type(error).__name__}"
             said[name] = f"{what}: {text[:300]}"
-    return said
+    swapped = [n for n in norms if type(n.module).__module__.startswith("normjax.")]
+    return len(swapped), said
 
 
 def _quietly(f, *args, **kwargs):
@@ -581,11 +640,13 @@ def run_row(row, folder) -> dict:
             made = _made(row, folder)
         except ImportError as error:
             return {"skipped": f"it imports what is not here: {error}"}
-        theirs, dtype = results(row, made)
+        with _exact():
+            theirs, dtype = results(row, made)
         _swap()
         ours, _ = results(row, _made(row, folder))
         worst = compare(ours, theirs)
-    return {"worst": worst, "dtype": dtype, "tools": tools_on(row, _made(row, folder))}
+    swapped, tools = tools_on(row, _made(row, folder))
+    return {"worst": worst, "dtype": dtype, "norms": swapped, "tools": tools}
 
 
 # All rows.
@@ -593,7 +654,7 @@ def run_row(row, folder) -> dict:
 
 def rounding(found) -> float:
     """What rounding adds up to in models of some ten layers."""
-    return 1e-9 if found["dtype"] == "float64" else 3e-5
+    return 1e-11 if found["dtype"] == "float64" else 5e-6
 
 
 def main(arguments=None) -> int:
@@ -622,7 +683,7 @@ def main(arguments=None) -> int:
     for row in rows:
         command = [sys.executable, __file__, str(folder), "--row", row.name]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=900)
             found = json.loads(done.stdout.splitlines()[-1])
         except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
             found = {"failed": f"the process ended: {type(error).__name__}"}
@@ -644,7 +705,9 @@ def say(row, found) -> int:
     parts = " ".join(f"{k} {v:.0e}" for k, v in found["worst"].items())
     short = {k: v.partition(":")[0] for k, v in found["tools"].items()}
     refused = " ".join(k for k, v in short.items() if v == "refused")
-    print(f"{row.name:24} {'NOT EQUAL' if bad else 'equal'}: {parts}", end="")
+    said = "NOT EQUAL" if bad else "equal"
+    norms = f"{found['norms']} norms" if found["norms"] else "no norm of Flax's"
+    print(f"{row.name:24} {said} ({norms}, {found['dtype']}): {parts}", end="")
     print(f"; refused: {refused}" if refused else "", flush=True)
     faults = {k: v for k, v in found["tools"].items() if v.startswith("FAULT")}
     for name, text in faults.items():

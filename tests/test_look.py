@@ -1060,8 +1060,28 @@ def test_nnx_and_linen_have_the_same_table():
     assert [row.path for row in rows] == [("batch",), ("group",), ("layer",)]
     assert [row.kind for row in rows] == ["BatchNorm", "norm", "norm"]
     assert tools.norm_table(state) == rows
+    assert tools.norm_table(model) == rows
     nested = jax.tree.map(lambda a: {"value": a}, nnx.to_pure_dict(state))
     assert tools.norm_table(nested) == rows
+
+
+def test_a_table_of_an_nnx_model_leaves_its_random_numbers_out():
+    """Beside a batch norm that counts its updates, as streams count their draws."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Dropout(0.5, rngs=rngs), normjax.nnx.BatchNorm(3, debias=True, rngs=rngs)
+    )
+    (row,) = tools.norm_table(model)
+    assert (row.path, row.kind, row.updates) == (("layers", "1"), "BatchNorm", 0)
+
+
+def test_a_linen_model_has_no_variables_for_a_table():
+    with pytest.raises(TypeError) as error:
+        tools.norm_table(nn.BatchNorm())
+    assert str(error.value) == (
+        "norm_table: variables must be a tree of arrays or an nnx model. Got a linen"
+        " BatchNorm, which holds none. Pass what its init returned, trained."
+    )
 
 
 def test_inspect_prints_and_draws_a_checkpoint(tmp_path, capsys):

@@ -24,6 +24,8 @@ from normjax.tools import models
 from normjax.tools.replace_linen import known
 
 UPDATES, MEAN, VAR = "doctor_updates", "doctor_mean", "doctor_var"
+# Of batch norms of a user's own which have no such field. It is not reported.
+UNSAID = {"epsilon": 1e-5}
 # The layers of Flax that add a bias of their own last.
 _LAYERS = (
     *("Dense", "DenseGeneral", "Linear", "LinearGeneral", "Einsum"),
@@ -101,10 +103,11 @@ _BIASED, _TAKEN_OFF = "normjax.doctor.biased/", "normjax.doctor.taken_off"
 
 def _takes_off(kind: str, module: Any, ndim: int) -> bool:
     """Whether a norm takes off a bias of each feature, with the mean."""
+    said = models.axes_of(kind, module)
     if kind == "BatchNorm":
-        axes = _module.flax_axes("doctor", module.axis, ndim, "axis")
+        axes = _module.flax_axes("doctor", said, ndim, "axis")
     elif kind == "InstanceNorm":
-        axes = _module.flax_features(module.feature_axes, ndim)
+        axes = _module.flax_features(said, ndim)
     else:
         return False
     return {axis % ndim for axis in axes} == {ndim - 1}
@@ -198,6 +201,22 @@ def _noted(
     )
 
 
+def _noted_norm(
+    watch: Watch,
+    place: tuple[tuple, str, Any],
+    own: Callable,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls a norm without running statistics, and notes it."""
+    name = models.operand(own, args, kwargs)  # a class of a user's own may call it z
+    x = args[0] if name is None else kwargs[name]
+    x = watch.norm(*place, x, Call(jnp.shape(x), kwargs.get("mask") is not None))
+    if name is None:
+        return own(x, *args[1:], **kwargs)
+    return own(**{**kwargs, name: x})
+
+
 def _layers(library: str) -> tuple:
     there = sys.modules[library]
     return tuple(getattr(there, name) for name in _LAYERS if hasattr(there, name))
@@ -232,10 +251,9 @@ def _linen_swap(watch: Watch) -> Callable:
         if kind == "BatchNorm":
             return functools.partial(_linen_batch_norm, watch, module)
 
-        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            noted = Call(jnp.shape(x), kwargs.get("mask") is not None)
-            x = watch.norm(module.path, kind, module, x, noted)
-            return module(x, *args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            place = module.path, kind, module
+            return _noted_norm(watch, place, module, *args, **kwargs)
 
         return call
 
@@ -282,7 +300,8 @@ def _linen_batch_norm(
 def watching_linen(mode: str, weights: Any = None) -> Iterator[Watch]:
     """Watches the linen models that are called within it."""
     watch = Watch(mode, weights)
-    with models.substituted(_linen_swap(watch), first=known):
+    first = functools.partial(known, **UNSAID)
+    with models.substituted(_linen_swap(watch), first=first):
         yield watch
 
 
@@ -402,11 +421,10 @@ def _nnx_layer(
 
 
 def _nnx_norm(
-    watch: Watch, module: Any, own: Callable, x: Any, *args: Any, **kw: Any
+    watch: Watch, module: Any, own: Callable, *args: Any, **kwargs: Any
 ) -> Any:
-    noted = Call(jnp.shape(x), kw.get("mask") is not None)
-    x = watch.norm(module.doctor_path, models.kind_of(module) or "", module, x, noted)
-    return own(x, *args, **kw)
+    place = module.doctor_path, models.kind_of(module) or "", module
+    return _noted_norm(watch, place, own, *args, **kwargs)
 
 
 def _nnx_batch_norm(

@@ -219,31 +219,42 @@ def _field(norm: Patient, name: str, default: Any = None) -> Any:
 
 
 def _momentum(case: Case, norm: Patient) -> float | None:
-    return case.momentum if norm.module is None else norm.module.momentum
+    if norm.module is None:
+        return case.momentum
+    return None if _is_unsaid(norm, "momentum") else _field(norm, "momentum")
+
+
+def _is_unsaid(norm: Patient, name: str) -> bool:
+    """Whether the class of a user's own has no such field: no default speaks for it."""
+    return name in _field(norm, "_normjax_unsaid", ())
 
 
 def reduced(norm: Patient, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of x that a norm takes the moments over, without groups of features."""
-    ndim, module = len(shape), norm.module
+    ndim, said = len(shape), models.axes_of(norm.kind, norm.module)
     match norm.kind:
         case "BatchNorm":
-            axes = _module.flax_axes("doctor", module.axis, ndim, "axis")
+            axes = _module.flax_axes("doctor", said, ndim, "axis")
             return _axes.others(axes, ndim)
         case "GroupNorm":
-            space = _module.flax_space(module.reduction_axes, ndim)
+            space = _module.flax_space(said, ndim)
             return tuple(range(1, ndim - 1)) if space is None else space
         case "InstanceNorm":
-            axes = _module.flax_features(module.feature_axes, ndim)
+            axes = _module.flax_features(said, ndim)
             return _axes.others((0, *axes), ndim)
-    return _module.flax_axes("doctor", module.reduction_axes, ndim, "reduction_axes")
+    return _module.flax_axes("doctor", said, ndim, "reduction_axes")
+
+
+def _hides_groups(norm: Patient) -> bool:
+    """Whether a group norm, of a class of a user's own, does not say its groups."""
+    return norm.kind == "GroupNorm" and models.groups_of(norm.module, 1) is None
 
 
 def _values(norm: Patient, shape: tuple[int, ...]) -> int:
-    """How many values a norm takes one mean of."""
+    """How many values a norm that does not hide its groups takes one mean of."""
     n = math.prod(shape[a] for a in reduced(norm, shape))
     if norm.kind == "GroupNorm":
-        size = norm.module.group_size
-        n *= shape[-1] // norm.module.num_groups if size is None else size
+        n *= shape[-1] // (models.groups_of(norm.module, shape[-1]) or 1)
     if ghosts := _field(norm, "virtual_batch_size"):
         n = n * ghosts // shape[0]
     return n
@@ -436,9 +447,13 @@ def _not_finite(case: Case) -> Iterator[Finding | str]:
 
 @_check_for("extreme-variance", "statistics")
 def _variance(case: Case) -> Iterator[Finding | str]:
+    unsaid = []
     for norm in case.running:
         var = _wide(norm.values["var"])
         epsilon = _field(norm, "epsilon", 1e-5)
+        if _is_unsaid(norm, "epsilon"):
+            unsaid.append(norm.path)
+            epsilon = 0.0  # below which no variance is small
         # The start of 1, taken off again, leaves a rounding error.
         negative = var < -4 * np.finfo(np.float32).eps
         small = ~negative & (var < NEAR_ZERO * epsilon)
@@ -463,6 +478,8 @@ def _variance(case: Case) -> Iterator[Finding | str]:
                 ends = f"{var[which].min():.1e} to {var[which].max():.1e}"
                 what = f"the running var is {word} in {_channels(which)}: {ends}"
                 yield Finding("extreme-variance", norm.path, what, todo, severity)
+    if unsaid:
+        yield f"the class has no field epsilon, of {', '.join(unsaid)}"
 
 
 _NEW = "before the first step it is the initialization that shows"
@@ -599,6 +616,9 @@ def _off(norm: Patient) -> tuple[float, float]:
 @_check_for("momentum-too-slow", "steps")
 def _slow(case: Case) -> Iterator[Finding | str]:
     assert case.steps is not None
+    unsaid = [n.path for n in case.norms if _is_unsaid(n, "momentum")]
+    if unsaid:
+        yield f"the class has no field momentum, of {', '.join(unsaid)}"
     for norm in case.norms:
         momentum = _momentum(case, norm) if norm.kind == "BatchNorm" else None
         if momentum is None or "count" in norm.values or not norm.updated:
@@ -787,8 +807,11 @@ def _half(case: Case) -> Iterator[Finding | str]:
 
 @_check_for("group-of-one", "call")
 def _one(case: Case) -> Iterator[Finding | str]:
+    hidden = [n.path for n in case.norms if n.calls and _hides_groups(n)]
+    if hidden:
+        yield f"the class has no field num_groups, of {', '.join(hidden)}"
     for norm in case.norms:
-        if norm.kind in (None, "BatchNorm"):
+        if norm.kind in (None, "BatchNorm") or norm.path in hidden:
             continue  # few-values
         for shape in {call.shape for call in norm.calls}:
             if _values(norm, shape) == 1:

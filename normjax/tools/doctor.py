@@ -136,7 +136,8 @@ def doctor(
       stacked: whether ``model`` is variables whose arrays have the replicas along their
         first axis, as ``pmap`` returns them.
       kinds: which norms classes of your own are, as of `find_norms`. Such a batch norm
-        is taken to compute what normjax's computes, with the fields that it has.
+        is taken to compute what normjax's computes, with the fields that it has; what
+        needs a field that it has not, is not checked.
       **kwargs: arguments of the model's call, by name; for linen also ``rngs``,
         ``method`` and ``mutable``, as its apply has them while training. What the model
         asks is mutable is that alone; without it, all its variables but ``params``.
@@ -177,7 +178,8 @@ def doctor(
     given = {"momentum": momentum, "steps": steps, "optimizer": optimizer}
     if _is_module(model):
         if models.system_of("doctor", model) == "nnx":
-            model = with_known("doctor", model, dict(registered_kinds()))
+            kinds = dict(registered_kinds())
+            model = with_known("doctor", model, kinds, **calls.UNSAID)
         case = _of_model(model, args, kwargs, variables, step, stacked, given)
     else:
         case = _of_tree(model, args, kwargs, variables, step, stacked, given)

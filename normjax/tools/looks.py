@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,11 @@ from normjax.tools.models import (
     check_concrete,
     devices_of,
     flat,
+    groups_of,
     kind_of,
     nnx_copy,
     nnx_modules,
+    operand,
     substituted,
     system_of,
     told_mutable,
@@ -57,7 +59,7 @@ class Look(NamedTuple):
       layer: which layer of an ``nn.scan`` or ``nn.vmap``; None outside of one.
       call: which call of the norm, from 0.
       values: how many values each of its statistics is of; those under a mask are left
-        out of batch norm's alone.
+        out of batch norm's alone. NaN for a group norm of your own without num_groups.
       mean: of the input, over all channels.
       std: of the input, over all channels.
       output_mean: of the output.
@@ -418,7 +420,8 @@ def _linen_tap(module: Any) -> Any:
         running = [value("batch_stats", name) for name in ("mean", "var")]
         y = module(*args, **kwargs)
         parameters = {k: value("params", k) for k in ("scale", "bias")}
-        seen = _see(kind, module, args, kwargs, y, running, parameters)
+        x, mask = _operands(module.__call__, args, kwargs)
+        seen = _see(kind, module, x, mask, y, running, parameters)
         _trace.get().called.add(module.path)
         for name in (_SEEN, "intermediates", "batch_stats", "params", *_other(module)):
             if module.scope.is_mutable_collection(name):
@@ -460,7 +463,8 @@ def _tapped(norm: Any, kind: str) -> Any:
         before = {k: v[...] for k, v in variables.items()}
         y = norm.__call__(self, *args, **kwargs)
         running = [before.get(k) for k in ("mean", "var")]
-        seen = _see(kind, self, args, kwargs, y, running, before)
+        own = functools.partial(norm.__call__, self)
+        seen = _see(kind, self, *_operands(own, args, kwargs), y, running, before)
         _trace.get().called.add(self.normjax_path)
         # Of the type of its other variables, a scan stacks it like them.
         kept = next(map(type, variables.values()), nnx.Intermediate)
@@ -496,11 +500,17 @@ def _let_out(with_taps: Any, without: Any) -> Any:
         raise _HiddenError(f"{type(error).__name__} where their values go") from error
 
 
+def _operands(call: Callable, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """What a norm is called with: its input, whatever its name, and its mask."""
+    name = operand(call, args, kwargs)
+    return args[0] if name is None else kwargs[name], kwargs.get("mask")
+
+
 def _see(
-    kind: str, module: Any, args: tuple, kwargs: dict, y: Any, running: list, own: dict
+    kind: str, module: Any, x: Any, mask: Any, y: Any, running: list, own: dict
 ) -> _Seen:
     """Takes the statistics of a norm's input and output, channel by channel."""
-    x = jnp.asarray(args[0] if args else kwargs["x"])
+    x = jnp.asarray(x)
     if isinstance(y, tuple):  # of a norm that adds first: what it normalized is beside
         y, x = y
     if jnp.iscomplexobj(x):
@@ -515,7 +525,7 @@ def _see(
     features = _module.flax_axes(kind, getattr(module, name, -1), x.ndim, name)
     others = tuple(a for a in range(x.ndim) if a not in features)
     is_weight = getattr(module, "mask_is_weight", False)
-    where = _module.flax_mask(kind, kwargs.get("mask"), x.shape, is_weight)
+    where = _module.flax_mask(kind, mask, x.shape, is_weight)
 
     # Of all that a batch norm takes as one batch.
     devices = devices_of(module) if kind == "BatchNorm" else {}
@@ -579,9 +589,9 @@ def _values(
     else:
         reduced = getattr(module, "reduction_axes", -1)
         axes = list(_module.flax_axes(kind, reduced, len(shape), "axes"))
-    groups = 1
+    groups: float = 1
     if kind == "GroupNorm":
-        groups = getattr(module, "num_groups", 32) or shape[-1] // module.group_size
+        groups = groups_of(module, shape[-1]) or math.nan
     return jnp.asarray(math.prod(shape[a] for a in axes) / groups, count.dtype)
 
 

@@ -251,6 +251,27 @@ def devices_of(norm: Any) -> dict[str, Any]:
     return {"axis_name": bound or None, "axis_index_groups": groups}
 
 
+def axes_of(kind: str | None, module: Any) -> Any:
+    """The field of a norm that says its axes, those of features or those reduced.
+
+    A class of a user's own may not have it, and is what its kind is by default.
+    """
+    name = {"BatchNorm": "axis", "InstanceNorm": "feature_axes"}
+    usual = None if kind == "GroupNorm" else -1
+    return getattr(module, name.get(kind or "", "reduction_axes"), usual)
+
+
+def groups_of(module: Any, features: int) -> int | None:
+    """The groups of a group norm; None where a class of a user's own hides them."""
+    size = getattr(module, "group_size", None)
+    return getattr(module, "num_groups", None) if size is None else features // size
+
+
+def operand(call: Callable, args: tuple, kwargs: dict) -> str | None:
+    """The name of what a norm normalizes, where its call has it by name, else None."""
+    return None if args else next(iter(inspect.signature(call).parameters))
+
+
 def patterns(name: str, paths: Any) -> tuple[str, ...]:
     """Returns one pattern of paths or several as a tuple."""
     found = (paths,) if isinstance(paths, str) else paths
@@ -301,6 +322,12 @@ def variables_of(tree: Any) -> Any:
     """The state of an nnx module; what is none is a tree already."""
     nnx = sys.modules.get("flax.nnx")
     return nnx.state(tree) if nnx and isinstance(tree, nnx.Module) else tree
+
+
+def is_linen(model: Any) -> bool:
+    """Whether something is a module of linen."""
+    of = getattr(sys.modules.get("flax.linen"), "Module", None)
+    return of is not None and isinstance(model, of)
 
 
 def leaves(tree: Any) -> dict[tuple[str, ...], Any]:

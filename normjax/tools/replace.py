@@ -79,13 +79,17 @@ def replaced(model: Any, rule: Rule) -> Any:
     return replaced_in_nnx(model, rule)
 
 
-def with_known(name: str, model: Any, kinds: Mapping[type, str | None] | None) -> Any:
-    """Returns a model with normjax's batch norms for those of a user's own classes."""
-    if "BatchNorm" not in checked_kinds(name, kinds).values():
+def with_known(
+    name: str, model: Any, kinds: Mapping[type, str | None] | None, **fields: Any
+) -> Any:
+    """Returns a model with normjax's batch norms for those of a user's own classes.
+
+    ``fields`` are those of norms whose class has no such field.
+    """
+    kinds = checked_kinds(name, kinds)
+    if "BatchNorm" not in kinds.values():
         return model
-    return replaced(
-        model, Rule(name, "batch", "known", ("*",), {}, checked_kinds(name, kinds))
-    )
+    return replaced(model, Rule(name, "batch", "known", ("*",), fields, kinds))
 
 
 def find_dropped(before: Any, after: Any) -> list[str]:

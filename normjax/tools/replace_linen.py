@@ -520,17 +520,18 @@ def _swap(rules: tuple[Rule, ...], place: _Place, module: Any) -> Callable | Non
     return functools.partial(_call, rules[-1].name, place.seen, new, module)
 
 
-def known(module: Any) -> Callable | None:
+def known(module: Any, **fields: Any) -> Callable | None:
     """What to call in place of a batch norm of a user's own: normjax's, so called.
 
     It has the fields, the variables and the place of it: what a tool does with batch
-    norms, it does with this one. None for all other modules.
+    norms, it does with this one. None for all other modules. ``fields`` are those of
+    norms whose class has no such field.
     """
     from normjax import linen
 
     if not is_own(module) or kind_of(module) != "BatchNorm":
         return None
-    rule = Rule("kinds", "batch", "known", ("*",), {}, {})
+    rule = Rule("kinds", "batch", "known", ("*",), fields, {})
     norm = Norm(module.path, "BatchNorm", module.clone(parent=None))
     _tell_parameters(norm.module, module)
     of, fields = made(rule, norm, linen)

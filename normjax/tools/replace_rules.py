@@ -174,12 +174,23 @@ def made(rule: Rule, norm: Norm, library: Any) -> tuple[Any, dict[str, Any]]:
         _check_own(rule, norm, kind, carried)
     if norm.kind != kind:
         carried = _translated(rule, norm, kind, carried)
+    if rule.new == "known":
+        unsaid = [f for f in ("epsilon", "momentum") if f not in carried]
+        of = _unsaid(of, tuple(unsaid)) if kind == "BatchNorm" and unsaid else of
+        return of, {**rule.fields, **carried}
     fields = {**carried, **SWITCHES.get(word, {}), **rule.fields}
     if kind == "GroupNorm" and fields.get("group_size") is not None:
         # The number of groups has a default, and nnx keeps both.
         by_size = "group_size" in rule.fields or fields.get("num_groups") is None
         fields |= {"num_groups": None} if by_size else {"group_size": None}
     return of, fields
+
+
+@functools.cache
+def _unsaid(of: Any, names: tuple[str, ...]) -> Any:
+    """A class of norms for one of a user's own, which has no fields of such names."""
+    told = {k: getattr(of, k) for k in ("__module__", "__qualname__", "__doc__")}
+    return type(of.__name__, (of,), {**told, "_normjax_unsaid": names})
 
 
 def adds(module: Any) -> bool:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from normjax import _check
-from normjax.tools import checkpoints
+from normjax.tools import checkpoints, models
 
 _ARRAYS = ("mean", "var", "count", "scale", "bias")
 _NAME = re.compile(r"(batch|layer|rms|group|instance)_?norm", re.IGNORECASE)
@@ -68,21 +68,22 @@ class Row(NamedTuple):
 
 
 def norm_table(variables: Any) -> list[Row]:
-    """Tells the norms of a tree of variables, without the model that they are of.
+    """Tells the norms of variables by their names alone, with no call of a model.
 
     A norm is what has a ``mean`` beside a ``var``, or a ``scale`` with nothing but a
     ``bias`` beside it. Collections ``params`` and ``batch_stats`` are read as one,
     wherever in the tree they are; what an optimizer keeps is left out.
 
     Args:
-      variables: linen's variables, in boxes of partitioning too, nnx's state or pure
-        dictionary, or a checkpoint that has them somewhere within it; arrays that numpy
-        can read.
+      variables: linen's variables, in boxes of partitioning too, an nnx model, its
+        state or pure dictionary, or a checkpoint that has them somewhere within it;
+        arrays that numpy can read.
 
     Returns:
       One `Row` for each norm, sorted by path, numbers in names by their size.
 
     Raises:
+      TypeError: if variables is a linen model, which holds none.
       ValueError: if there is no norm in it, or a mean and a var of two shapes.
 
     Example:
@@ -95,7 +96,16 @@ def norm_table(variables: Any) -> list[Row]:
     """
     nodes: dict[tuple, dict[str, np.ndarray]] = {}
     kernels = set()
-    leaves = checkpoints.without_optimizer(dict(_arrays(variables, ())))
+    if models.is_linen(variables):
+        raise _check.error(
+            TypeError,
+            "norm_table",
+            "variables must be a tree of arrays or an nnx model",
+            f"a linen {type(variables).__name__}, which holds none",
+            "Pass what its init returned, trained",
+        )
+    tree = models.variables_of(variables)
+    leaves = checkpoints.without_optimizer(dict(_arrays(tree, ())))
     for path, value in leaves.items():
         *node, name = path
         where = tuple(n for n in node if n not in ("params", "batch_stats"))
