@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family import EPSILON, FAMILY
+from family import EPSILON, FAMILY, combined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,9 +127,10 @@ def test_parameters_of_the_rank_of_x_adapt_by_sample():
     np.testing.assert_allclose(normjax.instance_norm(x, scale), want, atol=1e-6)
 
 
-@norms
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shape", [(1, 4, 2, 6), (3, 1, 2, 6), (1, 4, 1, 6)])
+@pytest.mark.parametrize(
+    ("norm", "shape", "masked"),
+    combined(FAMILY, [(1, 4, 2, 6), (3, 1, 2, 6), (1, 4, 1, 6)], [False, True]),
+)
 def test_axes_of_size_one_change_nothing(norm, shape, masked):
     """They are left out inside; values, gradients and moments are those of float64."""
     x, (scale, bias) = normal(shape) * 3 + 1, parameters(6)
@@ -158,9 +159,10 @@ def test_axes_of_size_one_change_nothing(norm, shape, masked):
 # Weights and complex values.
 
 
-@norms
-@pytest.mark.parametrize("dtype", ["complex64", "complex128", "float32", "bfloat16"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "dtype", "weighted"),
+    combined(FAMILY, ["complex64", "complex128", "float32", "bfloat16"], [False, True]),
+)
 def test_weighted_and_complex_norm_is_its_formula(norm, dtype, weighted, float64):
     x = normal((3, 4, 2, 6), dtype=dtype) * 3 + 1
     scale, bias = parameters(6, dtype)
