@@ -519,6 +519,38 @@ BAD_FIELDS = {
 }
 
 
+# What modules have beyond Flax's changes nothing until it is asked for.
+OFF = {
+    "activation": None,
+    "axis_index_groups": None,
+    "axis_name": None,
+    "debias": False,
+    "mask_is_weight": False,
+    "missing_axis": "raise",
+    "running_variance": "biased",
+    "skip_nonfinite": False,
+    "virtual_batch_size": None,
+}
+
+
+@pytest.mark.parametrize("kind", linen.__all__)
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_what_flax_does_not_have_is_off(library, kind):
+    module = getattr({"linen": linen, "nnx": nnx}[library], kind)
+    defaults = {
+        k: p.default for k, p in inspect.signature(module.__init__).parameters.items()
+    }
+    known = defaults.keys() & OFF
+    assert known >= {"activation", "axis_name", "missing_axis", "mask_is_weight"}
+    assert {k: defaults[k] for k in known} == {k: OFF[k] for k in known}
+    of_flax = {"linen": flax_linen, "nnx": flax_nnx}[library]
+    theirs = getattr(of_flax, kind, None)  # it has no norms that add first
+    if theirs is not None:
+        for k, p in inspect.signature(theirs.__init__).parameters.items():
+            if isinstance(p.default, (bool, int, float, str)):
+                assert defaults[k] == p.default, k
+
+
 @pytest.mark.parametrize("kind", FLAX)
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_fields_of_another_kind_are_refused(library, kind):

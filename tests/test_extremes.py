@@ -143,6 +143,20 @@ def test_moments_and_what_merges_are_right_up_to_the_largest_value():
     close(y, wide([[1, 1, 1, -3]]) / 3**0.5, 1e-6)
 
 
+def test_a_variance_that_only_the_whole_cannot_hold_is_merged_in_a_unit():
+    """Neither a piece nor the distance of its mean is too large, their sum is."""
+    top, far = np.float32(3.3e38), np.float32(4e18)
+    ones = jnp.ones(2)
+    m = normjax.merge(normjax.Moments(ones, far * jnp.array([1.0, -1.0]), top * ones), 0)
+    assert m.var == jnp.inf
+    std = np.sqrt(wide(top) + wide(far) ** 2)
+    x = jnp.array([std, -3 * std], jnp.float32)
+    close(normjax.normalize(x, m, epsilon=1e-5), [1, -3], 1e-6)
+    once = normjax.Moments(*(a[:1] for a in (ones, far * ones, top * ones)))
+    other = normjax.Moments(once.count, -once.mean, once.var)
+    close(normjax.normalize(x, once.merge(other), epsilon=1e-5), [1, -3], 1e-6)
+
+
 def test_ghosts_of_large_values_have_the_moments_of_the_whole_batch():
     """Synced, too, where the moments of ghosts are merged before those of devices."""
     x = data("float32", (8, 8, 3)) * 2.0**120

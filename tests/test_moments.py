@@ -46,6 +46,12 @@ def test_moments_are_at_least_float32_and_keep_the_axes(dtype, float64):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_moments_of_plain_numbers_count_nothing_beside():
+    m = normjax.Moments(4.0, 1.0, 2.0)
+    both = m.merge(m)
+    assert (both.count, both.mean, both.var) == (8, 1, 2)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     cuts=st.lists(st.integers(0, 12), min_size=0, max_size=4), seed=st.integers(0, 9)

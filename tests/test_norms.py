@@ -119,6 +119,9 @@ def test_parameters_along_all_axes_lie_as_x_does(shape):
     want = normjax.layer_norm(x, axis=(1, 0)) * scale
     got = normjax.layer_norm(x, scale, axis=(1, 0))
     np.testing.assert_allclose(got, want, atol=1e-6)
+    m = normjax.Moments(*(jnp.full(shape, v) for v in (1.0, 0.0, 1.0)))
+    got, _ = normjax.batch_norm(x, scale, moments=m, feature_axis=(1, 0), epsilon=1e-9)
+    np.testing.assert_allclose(got, x * scale, atol=1e-6)
 
 
 def test_parameters_of_the_rank_of_x_adapt_by_sample():

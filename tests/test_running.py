@@ -397,6 +397,12 @@ def test_momentum_of_another_shape():
                 f" channel. Got momentum of shape {momentum.shape}, statistics of shape"
                 " (4,). Pass a float, or an array of shape (4,)."
             )
+    table = normjax.RunningMoments.init((2, 3))
+    of_table = normjax.Moments(*(jnp.ones((2, 3)) for _ in range(3)))
+    assert table.update(of_table, jnp.full((2, 1), 0.5)).mean.shape == (2, 3)
+    for shape in ((3, 3), (2, 2)):
+        with pytest.raises(ValueError, match="momentum must be one number"):
+            table.update(of_table, jnp.full(shape, 0.5))
 
 
 @both
