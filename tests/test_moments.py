@@ -46,6 +46,17 @@ def test_moments_are_at_least_float32_and_keep_the_axes(dtype, float64):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex64"])
+def test_what_counts_nothing_has_mean_0_and_variance_1(dtype, float64):
+    where = jnp.asarray([[True, False], [True, False]])
+    x = jnp.asarray([[1, jnp.nan], [3, jnp.inf]], dtype)
+    for mask in (where, where.astype(jnp.float32)):
+        m = normjax.moments(x, 0, where=mask)
+        np.testing.assert_array_equal(m.count, [[2, 0]])
+        np.testing.assert_array_equal(m.mean, [[2, 0]])
+        np.testing.assert_array_equal(m.var, [[1, 1]])
+
+
 def test_moments_of_plain_numbers_count_nothing_beside():
     m = normjax.Moments(4.0, 1.0, 2.0)
     both = m.merge(m)
