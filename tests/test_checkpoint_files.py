@@ -225,6 +225,13 @@ def command(*arguments):
     return main(["doctor", *map(str, arguments)])
 
 
+def test_a_command_is_needed(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([])
+    assert raised.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
 def with_var(value):
     norm = {"mean": np.ones(3, np.float32), "var": np.full(3, value, np.float32)}
     return {"batch_stats": {"norm": norm}}

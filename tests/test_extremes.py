@@ -143,11 +143,34 @@ def test_moments_and_what_merges_are_right_up_to_the_largest_value():
     close(y, wide([[1, 1, 1, -3]]) / 3**0.5, 1e-6)
 
 
+def test_large_values_have_their_gradients_through_merged_moments():
+    """Of y, through a variance that only a unit holds, merged once and twice."""
+    x, w = data("float32", (4, 16, 3)), data("float32", (4, 16, 3), 1)
+
+    def once(x):
+        return normjax.merge(normjax.moments(x, 1), 0)
+
+    def twice(x):
+        return once(x[:1]).merge(once(x[1:3])).merge(once(x[3:]))
+
+    for merged in (once, twice):
+
+        @jax.jit
+        @jax.grad
+        def gradient(x, merged=merged):
+            return (normjax.normalize(x, merged(x), epsilon=1e-5) * w).sum()
+
+        start, size = 2.0**20, 2.0**100
+        close(gradient(x * size) * (size / start), gradient(x * start), 4e-6)
+
+
 def test_a_variance_that_only_the_whole_cannot_hold_is_merged_in_a_unit():
     """Neither a piece nor the distance of its mean is too large, their sum is."""
     top, far = np.float32(3.3e38), np.float32(4e18)
     ones = jnp.ones(2)
-    m = normjax.merge(normjax.Moments(ones, far * jnp.array([1.0, -1.0]), top * ones), 0)
+    m = normjax.merge(
+        normjax.Moments(ones, far * jnp.array([1.0, -1.0]), top * ones), 0
+    )
     assert m.var == jnp.inf
     std = np.sqrt(wide(top) + wide(far) ** 2)
     x = jnp.array([std, -3 * std], jnp.float32)
