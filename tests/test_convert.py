@@ -820,6 +820,8 @@ def test_kernels_of_heads_are_known_by_bias_by_names_or_by_layouts():
         "out.weight": (5, 3, 2),
     }
     assert shapes(query=to, key=to, value=to)["query.weight"] == (3, 2, 6)
+    beside = shapes(query=to, key=to, value=to, out=of, local=to)
+    assert beside["local.weight"] == (3, 2, 6)
     many = {"kernel": (4, 2, 3, 2, 5), "bias": (2, 5)}
     assert shapes(many=many)["many.weight"] == (10, 24)
     for layout in ("dense_from_heads", "depthwise", "heads"):

@@ -284,6 +284,29 @@ def test_layers_within_transformations_are_folded():
     assert folded.report.relative < 1e-5
 
 
+class Before(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.BatchNorm(True, name="b")(x)
+        return nn.Dense(C, use_bias=False, name="a")(x), None
+
+
+def test_norms_before_layers_of_a_scan_are_folded():
+    x = jax.random.normal(jax.random.key(0), (2, C))
+    axes = {"params": 0, "batch_stats": 0}
+    lifted = nn.scan(Before, axes, split_rngs={"params": True}, length=C)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return lifted(name="s")(x, None)[0]
+
+    folded = tools.fold(Model(), of_linen(Model(), x), x, seconds=0)
+    assert set(folded.report.folded) == {"s/b"}
+    assert folded.variables["params"]["s"]["a"]["bias"].shape == (C, C)
+    assert folded.report.relative < 1e-5
+
+
 class Kept(nn.Module):
     """Batch norms of which one can be folded, and why each of the others cannot."""
 

@@ -337,9 +337,7 @@ def _places(mean: Any, var: Any) -> dict[str, jax.Array]:
 
 # Nnx.
 
-_watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar(
-    "watch", default=None
-)
+_watch: contextvars.ContextVar[Watch] = contextvars.ContextVar("watch")
 
 
 @contextlib.contextmanager
@@ -405,10 +403,7 @@ def _telling(of: Any, kind: str | None) -> type:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = functools.partial(of.__call__, self)
-        watch = _watch.get()
-        if watch is None:
-            return own(*args, **kwargs)
-        return called(watch, self, own, *args, **kwargs)
+        return called(_watch.get(), self, own, *args, **kwargs)
 
     return type(of.__name__, (of,), {"__call__": call})
 
