@@ -1302,3 +1302,51 @@ def test_what_cannot_be_looked_at_is_named(call, message):
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert str(error.value) == message
+
+
+class EachLinen(nn.Module):
+    """A layer and every kind of norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6)(x)
+        for norm in (nn.BatchNorm(False), nn.LayerNorm(), nn.RMSNorm()):
+            x = norm(x) * 2 + 1
+        return nn.GroupNorm(3)(x[:, None])
+
+
+class EachNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 6, rngs=rngs)
+        of = nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm
+        self.norms = nnx.List([norm(6, rngs=rngs) for norm in of])
+        self.group = nnx.GroupNorm(6, num_groups=3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.layer(x)
+        for norm in self.norms:
+            x = norm(x) * 2 + 1
+        return self.group(x[:, None])
+
+
+@pytest.mark.parametrize("system", ["linen", "nnx"])
+def test_a_watched_model_computes_what_the_model_does(system):
+    x = jax.random.normal(jax.random.key(0), (8, 4)) + 1
+    if system == "linen":
+        variables = EachLinen().init(jax.random.key(1), x)
+        given = {
+            **variables,
+            "batch_stats": calls.with_places(variables["batch_stats"]),
+        }
+        want, _ = EachLinen().apply(variables, x, mutable="batch_stats")
+        with calls.watching_linen("batch") as watch:
+            got, _ = EachLinen().apply(given, x, mutable="batch_stats")
+    else:
+        model = EachNnx(nnx.Rngs(0))
+        copy = calls.watched(model)
+        want = model(x)
+        with calls.watching_nnx("batch") as watch:
+            got = copy(x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert len(watch.seen) == 4
+    assert {len(found) for found in watch.seen.values()} == {1}
