@@ -31,7 +31,8 @@ KEPT = ROOT / ".mutants"
 # Tests that run whole programs, or look at text alone.
 LEFT_OUT = (
     "test_benchmarks test_compare_norms test_docs test_examples test_fuzz"
-    " test_fuzz_files test_notebooks test_processes test_train_digits"
+    " test_multihost test_mutants test_notebooks test_processes test_train_digits"
+    " test_types"
 ).split()
 SECONDS = 120  # of tests for each fault, as the map says; few faults need so long
 SWAPS = {
