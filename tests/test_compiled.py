@@ -113,8 +113,13 @@ def test_sub_groups_of_one_size_sync_among_themselves_alone(way, counts):
         assert sorted(found) == [(w, "{{0,2,4,6},{1,3,5,7}}") for w in wanted]
 
 
-def test_large_moments_sync_in_two_all_reduces(monkeypatch):
-    monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", 8)
+# The mean, in two parts, and the variance of 8 channels: a row for each of 8 devices.
+ALL_ROWS = 8 * 3 * 8 * 4
+
+
+@pytest.mark.parametrize(("limit", "all_reduces"), [(ALL_ROWS, 1), (ALL_ROWS - 1, 2)])
+def test_large_moments_sync_in_two_all_reduces(limit, all_reduces, monkeypatch):
+    monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", limit)
     jax.clear_caches()  # of what was traced with the other limit
     x, scale, bias, _ = arguments("plain")
 
@@ -123,7 +128,7 @@ def test_large_moments_sync_in_two_all_reduces(monkeypatch):
 
     got = operations(by_name(forward, "shard_map"), x, scale, bias, None)
     jax.clear_caches()
-    assert got == only(2)
+    assert got == only(all_reduces)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
