@@ -58,7 +58,7 @@ def test_lines_of_a_fault_are_those_of_its_statement(tmp_path, monkeypatch):
 
 
 def test_tests_that_run_a_line_come_first_and_the_quickest_of_them_first():
-    seconds = {"a::1": 3.0, "a::2": 1.0, "a::3": 0.1, "b::1": 0.1, "a::4": 99.0}
+    seconds = {"a::1": 3.0, "a::2": 1.0, "a::3": 0.1, "b::1": 0.1, "a::4": 999.0}
     ran = {"normjax/x.py": {5: ["a::1", "a::2"], 6: []}}
     known = {"tests": seconds, "ran": ran}
     node = ast.parse("x").body[0]
