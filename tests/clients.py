@@ -544,7 +544,10 @@ def compare(ours, theirs):
 
 
 def tools_on(row, made):
-    """What each tool says of a model as it is: "ok", a refusal, or a fault."""
+    """How many norms are normjax's, and what each tool says of a model as it is.
+
+    That is "ok", a refusal, or a fault.
+    """
     import flax.linen as nn
     import jax
     from flax import nnx

@@ -28,7 +28,7 @@ def pytest_configure(config):
     """
     quick = not config.getoption("--optimized")
     jax.config.update("jax_disable_most_optimizations", quick)
-    # Newer versions do not know them.
+    # Of jax 0.10: a version ends the process at a flag that it does not know.
     older = "--xla_cpu_use_fusion_emitters=false"
     one = "--xla_cpu_parallel_codegen_split_count=1"
     flags = os.environ.get("XLA_FLAGS", "")
@@ -55,16 +55,6 @@ def pytest_collection_modifyitems(config, items):
     if further and not config.getoption("--whole"):
         config.hook.pytest_deselected(items=further)
         items[:] = [item for item in items if not item.get_closest_marker("further")]
-
-
-@pytest.fixture
-def some(pytestconfig):
-    """some(table, i): every second row of a table, in turn; with --whole, all rows.
-
-    Two tables are combined in part: each row of one meets half of the other.
-    """
-    whole = pytestconfig.getoption("--whole")
-    return lambda table, i: list(table) if whole else list(table)[i % 2 :: 2]
 
 
 @pytest.fixture

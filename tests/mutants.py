@@ -34,7 +34,7 @@ LEFT_OUT = (
     " test_multihost test_mutants test_notebooks test_processes test_train_digits"
     " test_types"
 ).split()
-SECONDS = 120  # of tests for each fault, as the map says; few faults need so long
+SECONDS = 120  # of tests for each fault, as the map says
 SWAPS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,

@@ -337,7 +337,9 @@ def _places(mean: Any, var: Any) -> dict[str, jax.Array]:
 
 # Nnx.
 
-_watch: contextvars.ContextVar[Watch] = contextvars.ContextVar("watch")
+_watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar(
+    "watch", default=None
+)
 
 
 @contextlib.contextmanager
@@ -403,7 +405,10 @@ def _telling(of: Any, kind: str | None) -> type:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = functools.partial(of.__call__, self)
-        return called(_watch.get(), self, own, *args, **kwargs)
+        watch = _watch.get()
+        if watch is None:  # a step may have kept the copy that it was given
+            return own(*args, **kwargs)
+        return called(watch, self, own, *args, **kwargs)
 
     return type(of.__name__, (of,), {"__call__": call})
 
