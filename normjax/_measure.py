@@ -16,6 +16,7 @@ from normjax._devices import Reduction, across_devices, average, counts_of
 from normjax._moments import (
     SUMMED,
     Moments,
+    below_zero,
     held,
     in_two_parts,
     laid_like,
@@ -32,9 +33,13 @@ from normjax._numbers import (
     counted,
     divided,
     hidden,
+    inverse,
+    is_inf,
+    is_zero,
     own,
     product,
     scaled,
+    selected,
     squared,
     statistics_dtype,
     times_square,
@@ -96,8 +101,9 @@ def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
             return weighed(widened(a, jnp.float64), where).sum(r.axes, keepdims=True)
 
         def in_two_parts(a, dtype):
-            near = a.astype(dtype)
-            return near, (a - near.astype(a.dtype)).astype(dtype)
+            near = lax.convert_element_type(a, dtype)
+            lost = lax.sub(a, lax.convert_element_type(near, a.dtype))
+            return near, lax.convert_element_type(lost, dtype)
 
         if where is None:
             n = jnp.asarray(math.prod(x.shape[a] for a in r.axes)).astype(jnp.float64)
@@ -116,11 +122,11 @@ def _in_double(x: jax.Array, where: jax.Array | None, r: Reduction) -> Moments:
             # the size of x.
             half = jnp.full(n.shape, 0.5, jnp.float32)
             half, _ = lax.optimization_barrier((half, mean))
-            off = product(off, half) - own(scaled(mean, 0.5), 1)
-            off = counted(off - own(scaled(rest, 0.5), 1), where)
+            off = lax.sub(product(off, half), own(scaled(mean, 0.5), 1))
+            off = counted(lax.sub(off, own(scaled(rest, 0.5), 1)), where)
         square = total(squared(widened(off, jnp.float64)))
-        var = divided(4 * square if r.centered else square, n, empty=1.0)
-        large = var * np.float64(small_unit(jnp.float32) ** 2)
+        var = divided(scaled(square, 4) if r.centered else square, n, empty=1.0)
+        large = scaled(var, small_unit(jnp.float32) ** 2)
         var = held(var.astype(jnp.float32), large.astype(jnp.float32))
         if not r.centered:
             mean = rest = jnp.zeros_like(var, dtype=single)
@@ -146,7 +152,7 @@ def _in_dtype(
             values, middle = (product(a, factor) for a in (x, near))
         if not r.centered:
             return values
-        return counted(values - own(middle, use), where)
+        return counted(lax.sub(values, own(middle, use)), where)
 
     count, carry = _count(x, where, r.axes, dtype)
     squares = count
@@ -156,17 +162,18 @@ def _in_dtype(
     near, rest = jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
     if r.centered:
         near = near_of(average(product(x, summed)))
-        rest = product(average(off(1, summed)), 1 / summed)
-    var = average(squared(off(2))) - squared(rest)
+        rest = product(average(off(1, summed)), inverse(summed))
+    var = lax.sub(average(squared(off(2))), squared(rest))
     var = lax.max(var, jnp.zeros_like(var))
     if may_overflow:
-        large = average(squared(off(4, unit))) - squared(product(rest, unit))
+        large = average(squared(off(4, unit)))
+        large = lax.sub(large, squared(product(rest, unit)))
         var = held(var, large)
     if r.centered:
         mean, rest = in_two_parts(near, rest)
     else:
         mean = rest = jnp.zeros_like(var, dtype=x.dtype)
-    var = var + (count == 0).astype(dtype)
+    var = lax.add(var, is_zero(count))
     return Moments(count, mean, var, carry, rest, squares=squares)
 
 
@@ -230,7 +237,8 @@ def distance(x: jax.Array, m: Any, centered: bool, use: int) -> jax.Array:
     if not centered:
         return x
     return added(
-        added(x, -own(product(unit, m.mean), use)), -own(product(unit, m.rest), use)
+        added(x, lax.neg(own(product(unit, m.mean), use))),
+        lax.neg(own(product(unit, m.rest), use)),
     )
 
 
@@ -239,7 +247,7 @@ def standardized(x, m, centered: bool, of_units: jax.Array, use: int) -> jax.Arr
     if centered:
         return product(distance(x, m, centered, use), own(of_units, use))
     # Of the largest values 1 / std is no normal number, but 16 / std is.
-    rstd = 16 * of_units * unit_of(m.var)
+    rstd = product(scaled(of_units, 16), unit_of(m.var))
     return scaled(product(x, own(rstd, use)), 1 / 16)
 
 
@@ -330,7 +338,7 @@ def moments_dot(m: Moments, mean_dot, count_dot, squares_dot, var_dot) -> Moment
 
 def opened_dot(m_dot: Moments, var: jax.Array, var_dot: jax.Array) -> Moments:
     """The tangent of what `opened` makes of moments, with a variance for users."""
-    rest_dot = jnp.where(jnp.isinf(var), -m_dot.var, m_dot.var_rest)
+    rest_dot = selected(is_inf(var), lax.neg(m_dot.var), m_dot.var_rest)
     return dataclasses.replace(m_dot, var=var_dot, var_rest=rest_dot)
 
 
@@ -347,7 +355,7 @@ def _tangent(r, x, where, m, x_dot, where_dot):
 
 def mean_dot(m: Kept, a: jax.Array, aw: jax.Array | None) -> jax.Array:
     """The tangent of a mean, from the averages of `dot_averages`."""
-    return a if aw is None else a + product(aw, 1 / unit_of(m.var))
+    return a if aw is None else added(a, product(aw, inverse(unit_of(m.var))))
 
 
 def var_dots(m: Kept, factor: jax.Array, c: jax.Array, cw: jax.Array | None) -> tuple:
@@ -356,18 +364,21 @@ def var_dots(m: Kept, factor: jax.Array, c: jax.Array, cw: jax.Array | None) -> 
     From the averages of `dot_averages`.
     """
     # By products alone: XLA takes a quotient of a quotient for one by their product.
-    unit, std = unit_of(m.var), 2 / factor
-    var_dot, held_dot = c * std * (1 / unit), in_units(m, c, cw) * std
+    unit = unit_of(m.var)
+    of_values, std = inverse(unit), scaled(inverse(factor), 2)
+    var_dot = product(product(c, std), of_values)
+    held_dot = product(in_units(m, c, cw), std)
     if cw is not None:
-        var_dot = var_dot + times_square(cw * std, 1 / unit)
+        var_dot = added(var_dot, times_square(product(cw, std), of_values))
     ones = jnp.ones_like(unit)
-    return var_dot, held_dot * jnp.where(m.var < 0, -ones, ones)
+    sign = selected(below_zero(m.var), lax.neg(ones), ones)
+    return var_dot, product(held_dot, sign)
 
 
 def in_units(m: Kept, v: jax.Array, vw: jax.Array | None) -> jax.Array:
     """All of an average of `dot_averages`, of values times the unit."""
     v = product(v, unit_of(m.var))
-    return v if vw is None else v + vw
+    return v if vw is None else added(v, vw)
 
 
 def dot_averages(r, x, where, m, factor, x_dot, where_dot) -> tuple:

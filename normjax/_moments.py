@@ -17,8 +17,13 @@ from normjax._numbers import (
     divided,
     exact_sum,
     fixed,
+    inverse,
+    is_inf,
+    is_zero,
+    number,
     product,
     scaled,
+    selected,
     squared,
     times_square,
 )
@@ -174,13 +179,7 @@ class Moments:
                 f"shapes {first.shape} and {other.shape}",
                 "Take both over the same axes",
             )
-        other = laid_like(other, first.mean)
-        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, other)
-        # The sum of two and its exact rounding error; the limbs of `merge` have an end.
-        count, lost = exact_sum(first.count, other.count)
-        count, carry = exact_sum(count, lost + (first.carry + other.carry))
-        whole = only(_together(both, 0))
-        return dataclasses.replace(whole, count=count, carry=carry)
+        return _both(first, laid_like(other, first.mean))
 
 
 def uniform(name: str, m: Any, what: str = "moments") -> Moments:
@@ -251,7 +250,12 @@ def unit_of(var: jax.Array) -> jax.Array:
     the values times the small unit, so that no field more is kept or sent for it.
     """
     small = jnp.full_like(var, small_unit(var.dtype))
-    return jnp.where(var < 0, small, jnp.ones_like(var))
+    return selected(below_zero(var), small, jnp.ones_like(var))
+
+
+def below_zero(var: jax.Array) -> jax.Array:
+    """Where a variance, as `unit_of` says, is in small units."""
+    return lax.lt(var, number(0, var))
 
 
 def rstd_of(var: jax.Array, epsilon: Any) -> jax.Array:
@@ -259,8 +263,8 @@ def rstd_of(var: jax.Array, epsilon: Any) -> jax.Array:
     unit = unit_of(var)
     # In a small unit epsilon may be nothing, and so may the variance of constants.
     tiny = jnp.asarray(jnp.finfo(var.dtype).tiny, var.dtype)
-    floored = lax.max(jnp.asarray(epsilon, var.dtype) * unit * unit, tiny)
-    return lax.rsqrt(jnp.abs(var) + floored)
+    floored = lax.mul(lax.mul(unit, jnp.asarray(epsilon, var.dtype)), unit)
+    return lax.rsqrt(lax.add(lax.abs(var), lax.max(floored, tiny)))
 
 
 def opened(m: Moments, var: jax.Array | None = None) -> Moments:
@@ -270,17 +274,18 @@ def opened(m: Moments, var: jax.Array | None = None) -> Moments:
     so that `closed` finds it again. ``var`` is the one for users, where it is known.
     """
     if var is None:
-        beyond = times_square(-m.var, 1 / unit_of(m.var))
-        var = jnp.where(m.var < 0, beyond, m.var)
-    var_rest = jnp.where(jnp.isinf(var), -m.var, m.var_rest)
+        beyond = times_square(lax.neg(m.var), inverse(unit_of(m.var)))
+        var = selected(below_zero(m.var), beyond, m.var)
+    var_rest = selected(is_inf(var), lax.neg(m.var), m.var_rest)
     return dataclasses.replace(m, var=var, var_rest=var_rest)
 
 
 def closed(m: Moments) -> Moments:
     """Undoes `opened`."""
-    large = jnp.isinf(m.var) & (m.var_rest > 0)
-    var = jnp.where(large, -m.var_rest, m.var)
-    rest = jnp.where(large, jnp.zeros_like(var), m.var_rest)
+    positive = lax.gt(m.var_rest, number(0, m.var_rest))
+    large = lax.bitwise_and(is_inf(m.var), positive)
+    var = selected(large, lax.neg(m.var_rest), m.var)
+    rest = selected(large, jnp.zeros_like(var), m.var_rest)
     return dataclasses.replace(m, var=var, var_rest=rest)
 
 
@@ -299,7 +304,7 @@ def var_in(var: jax.Array, dtype: Any) -> jax.Array:
 def _fits(var: jax.Array) -> jax.Array:
     """Where a variance is not at the end of its dtype, or beyond it."""
     end = 2.0 ** (int(jnp.finfo(var.dtype).maxexp) - 1)
-    return var < jnp.asarray(end, var.dtype)
+    return lax.lt(var, number(end, var))
 
 
 def held(plain: jax.Array, large: jax.Array) -> jax.Array:
@@ -308,7 +313,7 @@ def held(plain: jax.Array, large: jax.Array) -> jax.Array:
     The second is taken where the first does not fit.
     """
     tiny = jnp.asarray(jnp.finfo(plain.dtype).tiny, plain.dtype)
-    return jnp.where(_fits(plain), plain, -lax.max(large, tiny))
+    return selected(_fits(plain), plain, lax.neg(lax.max(large, tiny)))
 
 
 def near_of(mean: jax.Array) -> jax.Array:
@@ -322,8 +327,8 @@ def near_of(mean: jax.Array) -> jax.Array:
     top = float(info.max) * (1 - 4 * float(info.eps)) * unit
 
     def of_values(p):
-        top_ = jnp.asarray(top, p.dtype)
-        return lax.clamp(-top_, p, top_) / jnp.asarray(unit, p.dtype)
+        p = lax.clamp(number(-top, p), p, number(top, p))
+        return lax.div(p, number(unit, p))
 
     return by_parts(of_values, fixed(mean))
 
@@ -331,8 +336,8 @@ def near_of(mean: jax.Array) -> jax.Array:
 def in_two_parts(near: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The mean ``near + rest``, where near is fixed and rest small, as (mean, rest)."""
     rest = fixed(rest)
-    mean = near + rest
-    return mean, (near - mean) + rest
+    mean = lax.add(near, rest)
+    return mean, lax.add(lax.sub(near, mean), rest)
 
 
 def merge(m: Moments, axis: int) -> Moments:
@@ -359,7 +364,7 @@ def merge(m: Moments, axis: int) -> Moments:
       Array([[3.]], dtype=float32)
     """
     m = uniform("merge", m, "m")
-    return _together(m, _axes.one("merge", axis, len(m.shape)))
+    return _all(m, _axes.one("merge", axis, len(m.shape)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -419,6 +424,20 @@ def _together_jvp(axis, primals, tangents):
 _together.defjvp(_together_jvp)
 
 
+# Compiled, so that a call outside of jit is one program, and inlined in one inside.
+_all = jax.jit(_together, static_argnums=1, inline=True)
+
+
+@functools.partial(jax.jit, inline=True)
+def _both(first: Moments, other: Moments) -> Moments:
+    """`Moments.merge` of moments whose fields are arrays of one shape."""
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, other)
+    # The sum of two and its exact rounding error; the limbs of `merge` have an end.
+    count, lost = exact_sum(first.count, other.count)
+    count, carry = exact_sum(count, lost + (first.carry + other.carry))
+    return dataclasses.replace(only(_together(both, 0)), count=count, carry=carry)
+
+
 def merged(m: Moments, axis: int) -> Moments:
     """`merge`, with variances as `unit_of` says."""
     # What counted nothing may be anything, NaN say.
@@ -440,8 +459,8 @@ def merged(m: Moments, axis: int) -> Moments:
     more = jnp.where(jnp.isinf(within), jnp.zeros_like(more), more)
     var, var_rest = exact_sum(within, (share * more).sum(axis, keepdims=True))
     var, var_rest = from_unit(var, var_rest, unit)
-    var = var + (count == 0).astype(var.dtype)
-    mean, rest = in_two_parts(near, by_parts(lambda p: p / unit, shift))
+    var = lax.add(var, is_zero(count))
+    mean, rest = in_two_parts(near, by_parts(lambda p: lax.div(p, unit), shift))
     squares = alone(m.squares, some).sum(axis, keepdims=True)
     return Moments(count, mean, var, carry, rest, var_rest, squares)
 
@@ -464,18 +483,18 @@ def unit_for(off: jax.Array, var: jax.Array, axis: int) -> jax.Array:
 
 def in_unit(m: Moments, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The variance, and what its dtype could not hold, of values times a unit."""
-    var = jnp.where(m.var < 0, -m.var, times_square(m.var, unit))
+    plain = times_square(m.var, unit)
+    var = selected(below_zero(m.var), lax.neg(m.var), plain)
     return var, times_square(m.var_rest, unit)
 
 
 def from_unit(var, var_rest, unit) -> tuple[jax.Array, jax.Array]:
     """Undoes `in_unit`, as `unit_of` says."""
-    var = jnp.where(var < 0, jnp.zeros_like(var), var)  # of rounding alone
-    plain = times_square(var, 1 / unit)
-    signed = jnp.where(unit < 1, held(plain, var), plain)
-    var_rest = jnp.where(
-        signed < 0, jnp.zeros_like(var), times_square(var_rest, 1 / unit)
-    )
+    zeros, of_values = jnp.zeros_like(var), inverse(unit)
+    var = selected(below_zero(var), zeros, var)  # of rounding alone
+    plain = times_square(var, of_values)
+    signed = selected(lax.lt(unit, number(1, unit)), held(plain, var), plain)
+    var_rest = selected(below_zero(signed), zeros, times_square(var_rest, of_values))
     return signed, var_rest
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from normjax import _axes, _check, _moments, _numbers
@@ -65,6 +66,10 @@ def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     if bias is not None:
         y = added(y, widened(bias, stat))
     return counted(y.astype(dtype), where)
+
+
+# Compiled, so that a call outside of jit is one program, and inlined in one inside.
+_applied = jax.jit(_apply, static_argnums=(6, 7), inline=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
@@ -205,7 +210,7 @@ def _tangent(
     stat = m.var.dtype
     x, x_dot = (widened(counted(v, where), stat) for v in (x, x_dot))
     of_units = rstd_of(m.var, epsilon)
-    rstd = of_units * unit_of(m.var)
+    rstd = product(of_units, unit_of(m.var))
 
     def x_hat(use):  # one for each use, with its own copies: see `own`
         return counted(standardized(x, m, r.centered, of_units, use), where)
@@ -230,9 +235,10 @@ def _tangent(
             of_one = -product(of_averages, a)
             y_dot = added(y_dot, of_one if bias is None else added(bias_dot, of_one))
     else:
-        inner = product(rstd, x_dot) - product(x_hat(2), c * of_units)
+        inner = product(rstd, x_dot)
+        inner = lax.sub(inner, product(x_hat(2), product(c, of_units)))
         if r.centered:
-            inner = inner - product(of_units, a)
+            inner = lax.sub(inner, product(of_units, a))
         y_dot = added(product(scale, inner), product(x_hat(3), scale_dot))
         if bias is not None:
             y_dot = added(y_dot, bias_dot)
@@ -313,4 +319,4 @@ def normalized(
     rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)
     m = Kept(jnp.ones_like(var), mean, rest, var)
     epsilon = _check.epsilon(name, epsilon, stat)
-    return _apply(x, m, scale, bias, where, epsilon, True, dtype)
+    return _applied(x, m, scale, bias, where, epsilon, True, dtype)

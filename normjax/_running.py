@@ -1,6 +1,7 @@
 """Running moments: a weighted average of moments over time."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from normjax._numbers import counted as zeroed
 from normjax._types import Axes, DTypeLike, Scalar
 
 
+# Compiled, so that a call outside of jit is one program, and inlined in one inside.
+@functools.partial(jax.jit, inline=True)
 def blend(old: jax.Array, new: jax.Array, part: Any, counted: jax.Array) -> jax.Array:
     """``(1 - part) * old + part * new`` where ``counted``, and else old.
 
@@ -189,23 +192,8 @@ class RunningMoments:
         part = part_of_new(
             "RunningMoments.update", momentum, self.mean.shape, self.weight.dtype
         )
-        counted, skipped = is_counted(m.count), jnp.asarray(self.skipped)
-        name = "RunningMoments.update"
-        if _check.flag(name, "skip_nonfinite", skip_nonfinite):
-            finite = are_finite(m, self.mean, self.var)
-            skipped = one_more(skipped, counted & ~finite)
-            counted = counted & finite
-        weight = blend(self.weight, jnp.ones_like(self.weight), part, counted)
-        # The new value's part of the new total: 1 at the first update, which then
-        # replaces the zeros of the start exactly.
-        part = part / jnp.where(weight > 0, weight, 1)
-        return RunningMoments(
-            count=blend(self.count, m.count, part, counted),
-            mean=blend(self.mean, m.mean, part, counted),
-            var=blend(self.var, m.var, part, counted),
-            weight=weight,
-            skipped=skipped,
-        )
+        skip = _check.flag("RunningMoments.update", "skip_nonfinite", skip_nonfinite)
+        return _updated(self, m, part, skip)
 
     def read(self) -> Moments:
         """Returns the average so far, as `Moments`.
@@ -233,3 +221,26 @@ class RunningMoments:
             )
         var = self.var + (self.weight == 0).astype(self.var.dtype)
         return Moments(self.count, self.mean, var)
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _updated(
+    running: RunningMoments, m: Moments, part: jax.Array, skip: bool
+) -> RunningMoments:
+    """`RunningMoments.update`, with the part of the new moments."""
+    counted, skipped = is_counted(m.count), jnp.asarray(running.skipped)
+    if skip:
+        finite = are_finite(m, running.mean, running.var)
+        skipped = one_more(skipped, counted & ~finite)
+        counted = counted & finite
+    weight = blend(running.weight, jnp.ones_like(running.weight), part, counted)
+    # The new value's part of the new total: 1 at the first update, which then
+    # replaces the zeros of the start exactly.
+    part = part / jnp.where(weight > 0, weight, 1)
+    return RunningMoments(
+        count=blend(running.count, m.count, part, counted),
+        mean=blend(running.mean, m.mean, part, counted),
+        var=blend(running.var, m.var, part, counted),
+        weight=weight,
+        skipped=skipped,
+    )
