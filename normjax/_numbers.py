@@ -178,8 +178,9 @@ def alone(a: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def selected(where: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a`` where a mask that broadcasts to it is True, else ``b`` of the same shape."""
-    return lax.select(jnp.broadcast_to(where, a.shape), a, b)
+    """``a`` where a mask is True, else ``b`` of the shape of ``a``; both broadcast."""
+    shape = jnp.broadcast_shapes(where.shape, a.shape)
+    return lax.select(*(jnp.broadcast_to(v, shape) for v in (where, a, b)))
 
 
 def is_inf(a: jax.Array) -> jax.Array:
