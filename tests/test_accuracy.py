@@ -1,14 +1,15 @@
 """The accuracy table of docs/accuracy.md: its bars, on the rows that are hardest."""
 
 import accuracy
+import family
 import pytest
 
 HARD = ["100", "1e5", "1e3, one value 0", "1, one value 1e4"]
 
 
-@pytest.mark.parametrize("who", accuracy.OURS)
-@pytest.mark.parametrize("data", HARD)
-@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "group", "instance"])
+@pytest.mark.parametrize(
+    ("norm", "data", "who"), family.combined(family.FAMILY, HARD, accuracy.OURS)
+)
 def test_errors_stay_below_the_bar(norm, data, who):
     found, bars = accuracy.errors(norm, data, who), accuracy.bar(norm, data)
     missed = {m: (e, bars[m]) for m, e in found.items() if not e <= bars[m]}

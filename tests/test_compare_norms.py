@@ -94,6 +94,7 @@ def test_convolve_is_a_convolution(size, stride):
     np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.further  # of batch norm alone, tests/test_linen.py has it
 def test_synced_training_ignores_how_the_batch_is_split_and_local_does_not():
     row = (1.0, 1.0, 0)
     whole = trained("batch", 1, row)

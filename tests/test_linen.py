@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from contexts import AxisType, mesh
+from family import combined
 from jax.sharding import PartitionSpec as P
 
 from normjax import linen
@@ -69,10 +70,12 @@ def test_fields_and_arguments_are_flaxs(name):
     assert ours == theirs + (beyond if name == "BatchNorm" else [])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("name", "fields"), CASES)
-def test_module_is_flaxs(name, fields, dtype):
+@pytest.mark.parametrize(
+    ("case", "dtype"), combined(CASES, ["float32", "bfloat16", "float16"])
+)
+def test_module_is_flaxs(case, dtype):
     """Variables by name, shape and dtype; outputs, gradients and new statistics."""
+    name, fields = case
     x = (3 * normal((3, 4, 5, 6)) + 1).astype(dtype)
     fields = {**fields, "bias_init": flax_linen.initializers.normal()}
     if name == "RMSNorm":

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import mesh
+from family import combined
 from jax.sharding import PartitionSpec as P
 from systems import NAMES, Nnx
 
@@ -86,10 +87,10 @@ def made(library, name, x, fields):
     return make(x.shape[axis], rngs=flax.nnx.Rngs(3), **fields)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "fields"), CASES)
-def test_module_is_flaxs(name, fields, dtype):
+@pytest.mark.parametrize(("case", "dtype"), combined(CASES, ["float32", "bfloat16"]))
+def test_module_is_flaxs(case, dtype):
     """State by path, type, shape and dtype; outputs, gradients and new statistics."""
+    name, fields = case
     x = (3 * normal((4, 4, 4, 6)) + 1).astype(dtype)
     if name == "GroupNorm":  # Flax's own is right for one axis of space alone
         x = x[:, 0, 0]

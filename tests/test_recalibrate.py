@@ -444,6 +444,7 @@ def test_a_step_needs_no_more_memory_than_the_forward_pass_and_the_statistics():
 # The digits.
 
 
+@pytest.mark.further  # examples/recalibrate.py does the same
 @pytest.mark.usefixtures("optimized")
 def test_digits_are_read_again_after_statistics_are_ruined_and_images_corrupted():
     """With seeds 1 to 6, recalibrated is within 0.3 points, and each gain above 50."""

@@ -1,5 +1,7 @@
 """Whole models: the library of the norms changes alone; a checkpoint of Flax loads."""
 
+import functools
+
 import flax.linen as nn
 import flax.nnx
 import flax.serialization
@@ -109,18 +111,20 @@ def test_linen_model_with_its_norms_swapped(model, x):
         return *aux, grads
 
     theirs, ours = model(nn), model(normjax.linen)
-    variables = theirs.init(jax.random.key(0), x, True)
-    _, updates, _ = step(theirs, variables, x)  # statistics that moved
+    of_theirs, of_ours = (
+        jax.jit(functools.partial(step, module)) for module in (theirs, ours)
+    )
+    initialize = jax.jit(theirs.init, static_argnums=2)
+    variables = initialize(jax.random.key(0), x, True)
+    _, updates, _ = of_theirs(variables, x)  # statistics that moved
     checkpoint = flax.serialization.to_bytes({**variables, **updates})
 
-    target = ours.init(jax.random.key(1), x, True)
+    target = jax.jit(ours.init, static_argnums=2)(jax.random.key(1), x, True)
     loaded = flax.serialization.from_bytes(target, checkpoint)
     assert flax.serialization.to_bytes(loaded) == checkpoint
-    close(
-        jax.jit(lambda v, x: step(ours, v, x))(loaded, x + 0.5),
-        jax.jit(lambda v, x: step(theirs, v, x))(loaded, x + 0.5),
-    )
-    close(ours.apply(loaded, x, False), theirs.apply(loaded, x, False))
+    close(of_ours(loaded, x + 0.5), of_theirs(loaded, x + 0.5))
+    infer = [jax.jit(lambda v, m=m: m.apply(v, x, False)) for m in (ours, theirs)]
+    close(*(f(loaded) for f in infer))
 
 
 def test_nnx_model_with_its_norms_swapped():
