@@ -81,7 +81,7 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
     """
     if where is not None and where.dtype != jnp.bool_:
         # What does not count is not there, to derivatives by the weight either.
-        where = jnp.where(where > 0, where, jnp.zeros_like(where))
+        where = counted(where, where)
     x = counted(x, where)
     in_dtype = functools.partial(_in_dtype, r=r, dtype=dtype)
     if dtype != jnp.float32:
@@ -312,6 +312,12 @@ measured = jax.jit(_measured, static_argnums=(2, 3), inline=True)
 known = jax.jit(_known, static_argnums=3, inline=True)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _seen(x, where, r: Reduction, dtype: Any) -> Moments:
+    """`measured`, as users see moments."""
+    return opened(*measured(x, where, r, dtype))
+
+
 def tangents_of(where: jax.Array | None, primals: Any, tangents: Any) -> list:
     """Tangents as arrays; None for those of a mask, which has none, and of weights that
     are not differentiated, which then cost nothing.
@@ -470,4 +476,4 @@ def moments(
     names, groups = _check.devices(name, axis_name, axis_index_groups)
     r = Reduction(axes, names=names, groups=groups)
     where = _check.where(name, where, x.shape)
-    return opened(*measured(x, where, r, statistics_dtype(x)))
+    return _seen(x, where, r, statistics_dtype(x))

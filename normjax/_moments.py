@@ -456,7 +456,7 @@ def merged(m: Moments, axis: int) -> Moments:
     # and what is added to it is small, so that a long stream does not drift.
     within = (share * var).sum(axis, keepdims=True)
     more = ((var - within) + var_rest) + squared(off - shift)
-    more = jnp.where(jnp.isinf(within), jnp.zeros_like(more), more)
+    more = selected(is_inf(within), jnp.zeros_like(more), more)
     var, var_rest = exact_sum(within, (share * more).sum(axis, keepdims=True))
     var, var_rest = from_unit(var, var_rest, unit)
     var = lax.add(var, is_zero(count))
@@ -499,8 +499,8 @@ def from_unit(var, var_rest, unit) -> tuple[jax.Array, jax.Array]:
 
 
 def limbs(m: Moments) -> tuple[jax.Array, jax.Array]:
-    low = jnp.mod(m.count, _LIMB)
-    return m.count - low, low + m.carry
+    low = lax.rem(m.count, number(_LIMB, m.count))
+    return lax.sub(m.count, low), lax.add(low, m.carry)
 
 
 def join_limbs(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -29,7 +29,7 @@ from normjax._measure import (
     tangents_of,
     var_dots,
 )
-from normjax._moments import Moments, opened, rstd_of, unit_of, var_in
+from normjax._moments import Moments, closed, opened, rstd_of, unit_of, var_in
 from normjax._numbers import added, by_parts, counted, own, product, widened
 from normjax._types import ArrayLike, Axes, DTypeLike, Scalar
 
@@ -66,10 +66,6 @@ def _apply(x, m, scale, bias, where, epsilon, centered, dtype):
     if bias is not None:
         y = added(y, widened(bias, stat))
     return counted(y.astype(dtype), where)
-
-
-# Compiled, so that a call outside of jit is one program, and inlined in one inside.
-_applied = jax.jit(_apply, static_argnums=(6, 7), inline=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
@@ -313,10 +309,17 @@ def normalized(
     scale, bias = lay("scale", scale), lay("bias", bias)
     operands = {"x": x, "scale": scale, "bias": bias, "moments.mean": moments.mean}
     dtype = _check.output_dtype(name, dtype, operands)
+    epsilon = _check.epsilon(name, epsilon, _numbers.statistics_dtype(x, dtype))
+    fields = {k: lay(f"moments.{k}", v) for k, v in vars(moments).items()}
+    return _given(x, Moments(**fields), scale, bias, where, epsilon, dtype)
+
+
+# Compiled, so that a call outside of jit is one program, and inlined in one inside.
+@functools.partial(jax.jit, static_argnums=6, inline=True)
+def _given(x, m: Moments, scale, bias, where, epsilon, dtype):
+    """The formula by moments as users see them, which broadcast against x."""
     stat = _numbers.statistics_dtype(x, dtype)
-    mean = widened(lay("moments.mean", moments.mean), stat)
-    var = lay("moments.var", var_in(_moments.closed(moments).var, stat))
-    rest = widened(jnp.asarray(lay("moments.rest", moments.rest)), stat)
+    var = var_in(closed(m).var, stat)
+    mean, rest = widened(m.mean, stat), widened(m.rest, stat)
     m = Kept(jnp.ones_like(var), mean, rest, var)
-    epsilon = _check.epsilon(name, epsilon, stat)
-    return _applied(x, m, scale, bias, where, epsilon, True, dtype)
+    return _apply(x, m, scale, bias, where, epsilon, True, dtype)

@@ -179,8 +179,12 @@ def alone(a: jax.Array, rows: jax.Array) -> jax.Array:
 
 def selected(where: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """``a`` where a mask is True, else ``b`` of the shape of ``a``; both broadcast."""
-    shape = jnp.broadcast_shapes(where.shape, a.shape)
-    return lax.select(*(jnp.broadcast_to(v, shape) for v in (where, a, b)))
+    if where.shape != a.shape:
+        if any(_axes.lies_over(where)) or any(_axes.lies_over(a)):
+            return jnp.where(where, a, b)
+        shape = jnp.broadcast_shapes(where.shape, a.shape)
+        where, a, b = (jnp.broadcast_to(v, shape) for v in (where, a, b))
+    return lax.select(where, a, b)
 
 
 def is_inf(a: jax.Array) -> jax.Array:

@@ -7,9 +7,11 @@ import family
 import flax.linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from contexts import AxisType, mesh
 from family import FAMILY
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -216,3 +218,66 @@ def test_all_norms_lower_for_accelerators_that_are_not_here(platform):
     exported = jax.export.export(gradients, platforms=[platform])(x, scale, bias)
     assert exported.platforms == (platform,)
     assert exported.mlir_module().count("stablehlo.reduce") > len(FAMILY)
+
+
+# What a call costs before it runs.
+
+
+def programs(f, *arguments):
+    """How many programs a call outside of jit compiles."""
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        f(*arguments)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(compiled)
+
+
+@pytest.mark.parametrize(
+    "name", ["moments", "Moments.merge", "merge", "update", "normalize", *FAMILY]
+)
+def test_a_call_outside_of_jit_is_one_program(name):
+    # Sizes of no other test, so that none is compiled yet.
+    x = np.random.default_rng(0).normal(size=(7, 2, 3, 22)).astype(np.float32)
+    x = jax.device_put(x)
+    m = jax.eval_shape(lambda: normjax.moments(x, (0, 1, 2)))
+    ones = jax.device_put(np.ones(m.shape, np.float32))
+    m, n = (normjax.Moments(*[ones] * 7) for _ in "mn")
+    running = normjax.RunningMoments(*[ones] * 4)
+    calls = {
+        "moments": lambda: normjax.moments(x, (0, 1, 2)),
+        "Moments.merge": lambda: m.merge(n),
+        "merge": lambda: normjax.merge(m, -1),
+        "update": lambda: running.update(m),
+        "normalize": lambda: normjax.normalize(x, m, epsilon=1e-5),
+    }
+    calls |= {k: lambda k=k: FAMILY[k].call(x, None, None, None) for k in FAMILY}
+    # Batch norm then lays its moments along the features alone.
+    assert programs(calls[name]) == 1 + (name == "batch")
+    assert programs(calls[name]) == 0
+
+
+@counts
+@pytest.mark.parametrize("norm", FAMILY)
+def test_tracing_calls_no_traced_function_anew(norm, counts):
+    """Operations of jax.numpy are such calls, and take most of the time."""
+    x, _, _, where = arguments(counts)
+
+    def loss(x, where):
+        return FAMILY[norm].call(x, None, None, where).sum()
+
+    def calls(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name == "jit"
+            for inner in jaxprs_in_params(equation.params):
+                yield from calls(inner)
+
+    for f in (loss, jax.grad(loss)):
+        found = sum(calls(jax.make_jaxpr(f)(x, where).jaxpr))
+        assert found == 0
