@@ -876,8 +876,9 @@ def _compare(case, arrays, cotangents, got):
     apart = sum(map(np.abs, parts)) if is_apart else np.abs(dx)
     # What is near the smallest numbers, 1 / std too, a platform may take for 0.
     tol = tol + eps_x * apart + floor_x * (1 + S * np.abs(g))
-    # Backwards the count and the weight meet x_hat last, and what they leave may be so.
-    tol = tol + floor * np.maximum(1, s.weights) * np.abs(x_hat)
+    # Backwards the count divides the sums, then the weight and x_hat multiply what it
+    # leaves, which may be so.
+    tol = tol + floor * np.maximum(1, s.weights) * (case.centered + np.abs(x_hat))
     if case.norm == "merge":  # and may each be beyond it
         tol = np.where(2 * apart < float(_info(case.dtype).max), tol, np.inf)
     if case.norm in ("merge", "batch"):
