@@ -63,13 +63,19 @@ class Plan(NamedTuple):
     steps: tuple[str, ...] = ()
 
 
-def planned(name: str, quick: bool = False, norms: list[str] | None = None) -> Plan:
+def planned(
+    name: str,
+    quick: bool = False,
+    norms: list[str] | None = None,
+    steps: list[str] | None = None,
+) -> Plan:
     """What is compiled for the target of this name.
 
     Args:
       name: of targets.NAMES.
       quick: a shape of some norms in bfloat16, beside Flax's default alone.
-      norms: these alone, without the steps; None for all.
+      norms: these alone, without steps that are not named.
+      steps: these alone, without norms that are not named; neither names all.
 
     Returns:
       The plan.
@@ -79,9 +85,12 @@ def planned(name: str, quick: bool = False, norms: list[str] | None = None) -> P
     else:
         mine = [case for group in CASES[name] for case in programs.CASES[group]]
         found = [(case, dtype) for dtype in DTYPES for case in mine]
-    found = [(case, d) for case, d in found if not norms or case.norm in norms]
-    steps = () if quick or norms else tuple(STEPS.get(name, ()))
-    return Plan(found, programs.PEERS[:2] if quick else programs.PEERS, steps)
+    whole = () if quick else STEPS.get(name, ())
+    if norms or steps:
+        found = [(case, dtype) for case, dtype in found if case.norm in (norms or ())]
+        whole = [step for step in whole if step in (steps or ())]
+    peers = programs.PEERS[:2] if quick else programs.PEERS
+    return Plan(found, peers, tuple(whole))
 
 
 def figures(program: Any, kept: int | None = None) -> dict[str, int]:
@@ -108,7 +117,8 @@ def _norm(
 
 
 def _step(target: targets.Target, name: str, peer: str) -> dict[str, int]:
-    return figures(programs.step(peer, name, target.devices[0]))
+    program = programs.step(peer, name, target.platform, target.devices[0])
+    return figures(program)
 
 
 def measure(target: targets.Target, plan: Plan, threads: int) -> list[dict]:
@@ -170,15 +180,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--target", action="append", choices=targets.NAMES, help="these alone"
+        "--target", action="append", choices=targets.NAMES, help="for these alone"
     )
-    every = [case.norm for group in programs.CASES.values() for case in group]
-    parser.add_argument(
-        "--norm",
-        action="append",
-        choices=sorted(set(every)),
-        help="these alone, without the steps",
-    )
+    every = {case.norm for group in programs.CASES.values() for case in group}
+    for option, choices in {"--norm": every, "--step": programs.NETWORKS}.items():
+        parser.add_argument(
+            option,
+            action="append",
+            choices=sorted(choices),
+            help="these alone, and what other options name",
+        )
     parser.add_argument(
         "--quick", action="store_true", help="few cases, without the steps and v6e"
     )
@@ -209,12 +220,18 @@ def main(argv: list[str] | None = None) -> int:
     old = json.loads(args.compare.read_text()) if args.compare else None
     rows, hosted = [], []
     for name in args.target or (QUICK if args.quick else targets.NAMES):
-        target, plan = targets.target(name), planned(name, args.quick, args.norm)
+        target = targets.target(name)
+        plan = planned(name, args.quick, args.norm, args.step)
         with targets.told(target.platform):
             rows += measure(target, plan, args.threads)
         if args.host:
             hosted += host_rows(target, plan, args.threads)
     print(file=sys.stderr)
+    if not rows:
+        raise ValueError(
+            "compiled.py: the options must leave something to compile. Got "
+            f"{' '.join(argv or sys.argv[1:])}. Leave out --quick, or name more."
+        )
     new = {"about": about(), "rows": rows}
     print(compiled_report.text(new))
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
@@ -233,5 +250,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    targets.use_environment()
+    targets.use_cpu()
     sys.exit(main())

@@ -122,51 +122,53 @@ def host_text(rows: list[dict], hosted: list[dict]) -> str:
     lines = []
     for row in hosted:
         here, there = row["of"]["normjax"], mine[_key(row)]
-        if differing := [n for n in here if here[n] != there[n]]:
+        if differing := [n for n in SLACK if here.get(n) != there.get(n)]:
             of = (f"{n} {here[n]:,} for {there[n]:,}" for n in differing)
             lines.append(f"- {', '.join(_key(row))}: {', '.join(of)}")
     title = f"\nother where jax.default_backend() is cpu: {len(lines)} of {len(hosted)}"
     return "\n".join([title, *lines])
 
 
-def _mean(
-    rows: list[dict], figure: Callable[[dict], float], over: Callable[[dict], float]
-) -> str:
-    """The geometric mean of a ratio over rows, and the largest."""
-    ratios = [figure(row) / over(row) for row in rows if over(row)]
-    if not ratios:
-        return "–"
-    return f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f})"
-
-
 def _of(peer: str, name: str) -> Callable[[dict], float]:
     return lambda row: row["of"].get(peer, {}).get(name, 0)
 
 
+def _ratios(
+    rows: list[dict], name: str, over: Callable[[dict], float]
+) -> tuple[str, str]:
+    """Of ratios over rows the geometric mean and the largest, and how many exceed 1.
+
+    A hundredth more does not count.
+    """
+    found = [_of("normjax", name)(row) / over(row) for row in rows if over(row)]
+    if not any(found):
+        return "–", "–"
+    mean = f"{statistics.geometric_mean(found):.2f} ({max(found):.2f})"
+    return mean, f"{sum(ratio > 1.01 for ratio in found)} of {len(found)}"
+
+
 def summary(report: dict) -> str:
     """Geometric means over the shapes that all targets have, largest in brackets."""
-    header = ["target", "mode", "bytes / least", "bytes / Flax's", "/ safe Flax's"]
-    header += ["kept / Flax's", "cycles / Flax's", "/ safe Flax's"]
+    header = ["target", "mode", "bytes / least", "bytes / Flax's", "more", "/ its safe"]
+    header += ["kept / Flax's", "cycles / Flax's", "more", "/ its safe"]
     lines = []
     for target in dict.fromkeys(row["target"] for row in report["rows"]):
         for mode in MODES:
+            key = target, "main", mode
             rows = [
                 row
                 for row in report["rows"]
-                if (row["target"], row["group"], row["mode"]) == (target, "main", mode)
+                if (row["target"], row["group"], row["mode"]) == key
             ]
             if not rows:
                 continue
-            line = [target, mode]
-            least = _mean(
-                rows, _of("normjax", "bytes"), lambda r: r["x_bytes"] * r["least"]
-            )
-            line.append(least)
-            for name in ("bytes", "kept", "cycles"):
-                ours = _of("normjax", name)
-                line.append(_mean(rows, ours, _of("flax", name)))
-                if name != "kept":
-                    line.append(_mean(rows, ours, _of("flax, safe", name)))
+            least = _ratios(rows, "bytes", lambda r: r["x_bytes"] * r["least"])
+            line = [target, mode, least[0]]
+            for name in ("bytes", "cycles"):
+                line += _ratios(rows, name, _of("flax", name))
+                line.append(_ratios(rows, name, _of("flax, safe", name))[0])
+                if name == "bytes":
+                    line.append(_ratios(rows, "kept", _of("flax", "kept"))[0])
             lines.append(line)
     return cases.table(header, lines)
 
@@ -242,7 +244,7 @@ def text(report: dict) -> str:
 
 
 def draw(report: dict, path: pathlib.Path) -> None:
-    """Draws the ratios to Flax's default into a PNG: bytes, and cycles for TPUs."""
+    """Draws the ratios to Flax's default into a PNG: bytes, or cycles of TPUs."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -280,7 +280,12 @@ def compiled(f: Callable, inputs: Inputs) -> Iterator[tuple[str, Any, int | None
     yield "backward", backward.lower().compile(), None
 
 
-def step(peer: str, name: str, device: Any) -> Any:
+# A GPU's compiler takes a kernel of Triton or of cuBLAS for a product of matrices by
+# timing both. Where no GPU is, its choice of Triton's may be one that it cannot build.
+_STEP_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+
+
+def step(peer: str, name: str, platform: str, device: Any) -> Any:
     """Compiles a training step of a network, with the norms of a peer."""
     make, shape = networks.NETWORKS[name]
     library = peers.NORMJAX if peer == "normjax" else peers.PEERS["flax"]
@@ -294,4 +299,5 @@ def step(peer: str, name: str, device: Any) -> Any:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         (variables, state, x),
     )
-    return jax.jit(run).trace(*arguments).lower().compile()
+    lowered = jax.jit(run).trace(*arguments).lower()
+    return lowered.compile(compiler_options=_STEP_OPTIONS.get(platform))

@@ -28,9 +28,8 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# Else jax looks for a GPU, and the TPU's library asks the machine what it is.
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
+# Else the TPU's library asks the machine what it is.
+_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -53,11 +52,10 @@ class Target(NamedTuple):
     devices: list[Any]
 
 
-def use_environment() -> None:
-    """Starts the program anew where variables that jax reads first are not set."""
-    if any(os.environ.get(k) != value for k, value in _ENVIRONMENT.items()):
-        os.environ.update(_ENVIRONMENT)
-        os.execv(sys.executable, sys.orig_argv)
+def use_cpu() -> None:
+    """Starts the program anew where jax, at its import, would look for a GPU."""
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
 def target(name: str) -> Target:
@@ -71,6 +69,7 @@ def target(name: str) -> Target:
             options = {"target_config": _H100, "topology": "1x1x4"}
             found = topologies.get_topology_desc("1x1x4", "cuda", **options)
         else:
+            os.environ.update(_TPU)
             found = topologies.get_topology_desc(f"{name}:2x2", "tpu")
     except Exception as error:  # jax has no one type for it
         raise RuntimeError(

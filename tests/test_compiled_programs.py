@@ -265,6 +265,8 @@ def test_quick_is_a_part_of_all(name):
     assert set(quick.peers) < set(whole.peers)
     some = compiled.planned(name, norms=["rms"])
     assert {case.norm for case, _ in some.cases} == {"rms"} and not some.steps
+    one = compiled.planned(name, steps=["ViT-B"])
+    assert one.steps == ("ViT-B",) and not one.cases
 
 
 def test_least_bytes():
@@ -305,6 +307,19 @@ def test_what_is_kept_is_counted_on_each_device():
     x = case.x_bytes("float32")
     assert x == 4 * 5 * 5 * 8 * 4
     assert x < found["training"][1] < 1.2 * x
+
+
+def test_a_compiler_that_is_absent_is_named(monkeypatch):
+    def absent(*arguments, **options):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", absent)
+    with pytest.raises(RuntimeError) as error:
+        targets.target("H100")
+    assert str(error.value) == (
+        "targets.target: the compiler for H100 must be installed. Got RuntimeError: no "
+        "plugin. Type: make compiled"
+    )
 
 
 def test_whoever_asks_is_told_of_the_target():
@@ -399,9 +414,18 @@ def test_from_the_command_line(monkeypatch, tmp_path, capsys):
     for row in found["rows"]:
         assert list(row["of"]) == list(programs.PEERS)
         assert all(of["bytes"] > row["x_bytes"] for of in row["of"].values())
+    measured = copy.deepcopy(found["rows"])
+    monkeypatch.setattr(compiled, "measure", lambda *a: copy.deepcopy(measured))
     assert compiled.main([*argv, "--compare", str(path)]) == 0
     assert "worse than in" in capsys.readouterr().out
     found["rows"][0]["of"]["normjax"]["kernels"] = 0
     path.write_text(json.dumps(found))
     assert compiled.main([*argv, "--compare", str(path)]) == 1
     assert "forward: kernels" in capsys.readouterr().out
+    monkeypatch.setattr(compiled, "measure", lambda *a: [])
+    with pytest.raises(ValueError) as error:
+        compiled.main(argv)
+    assert str(error.value) == (
+        "compiled.py: the options must leave something to compile. Got --target v5e "
+        "--threads 1. Leave out --quick, or name more."
+    )
