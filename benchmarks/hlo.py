@@ -21,8 +21,8 @@ _COLLECTIVES = {
     "ragged-all-to-all",
     "reduce-scatter",
 }
-# These name or await arrays and do no work. On a TPU `copy-start` fetches an array that
-# the kernels after it are said to read.
+# These name, fetch or await arrays and do no work. On a TPU `copy-start` fetches an
+# array onto the chip, `slice-start` a part of one, ahead of kernels that read it there.
 _FREE = {
     "add-dependency",
     "after-all",
@@ -34,10 +34,14 @@ _FREE = {
     "parameter",
     "partition-id",
     "replica-id",
+    "slice-start",
     "tuple",
 }
-# Through these an array goes as it is.
-_SAME = {"bitcast", "copy-start", "copy-done", "opt-barrier"}
+_FETCHED = {"copy-done", "slice-done"}
+# Custom calls that name arrays: parts side by side, and what nothing has written yet.
+_NAMED = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
+# Through these an array goes as it is, if in parts.
+_SAME = {"bitcast", "copy-start", "opt-barrier", "slice-start"} | _FETCHED
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(
     r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:, (.*)|$)"
@@ -151,12 +155,21 @@ def _trips(instruction: Instruction) -> int:
     return int(known[1]) if known else 1
 
 
+def _names(instruction: Instruction) -> bool:
+    """Whether it is a custom call that does no work."""
+    return instruction.operation == "custom-call" and bool(
+        _NAMED.search(instruction.rest)
+    )
+
+
 def _through(name: str, of: dict[str, Instruction]) -> Iterator[Instruction]:
     """Follows an array back to what made it, through what leaves it as it is."""
     while name in of:
         instruction = of[name]
         yield instruction
-        if instruction.operation in _SAME:
+        if instruction.operands and (
+            instruction.operation in _SAME or _names(instruction)
+        ):
             name = instruction.operands[0]
         elif instruction.operation == "get-tuple-element":
             source = of.get(instruction.operands[0])
@@ -209,12 +222,17 @@ def figures(text: str) -> Figures:
         return count
 
     def total(name: str, handed: set[str]) -> Figures:
-        found, types = Figures(), {}
+        found, types, sources = Figures(), {}, {}
         for i in parts.get(name, []):
             types[i.name] = i.type
-            if i.operation == "copy-start":  # (there, here, a context)
-                found = found.plus(Figures(off_chip=size(i.type, off_chip=True)))
+            sources[i.name] = types.get(i.operands[0], "") if i.operands else ""
+            if i.operation in _FETCHED:
+                outside = size(sources[i.operands[0]], off_chip=True) > 0
+                read = size(i.type) if outside else 0
+                found = found.plus(Figures(off_chip=read + size(i.type, True)))
             if i.operation in _FREE or i.operation.endswith(("-done", "-update")):
+                continue
+            if _names(i):
                 continue
             if i.operation == "while":
                 for inner in _called(i, "condition", "body"):

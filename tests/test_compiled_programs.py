@@ -197,8 +197,7 @@ def test_figures_of_a_line(lines, want):
         want = EMPTY._replace(bytes=want[0], kernels=want[1])
     elif want != EMPTY:
         want = want._replace(kernels=1)
-    # y is fetched in every one.
-    assert of(*lines) == want._replace(off_chip=want.bytes + 400)
+    assert of(*lines) == want._replace(off_chip=want.bytes)
 
 
 def test_what_is_on_the_chip_is_no_traffic_off_it():
@@ -229,6 +228,37 @@ def test_a_copy_of_an_argument_to_a_result_is_told_apart():
     copied = {"copied": 800 + 800, "copies": 2, "copied_cycles": 5}
     moved = {"bytes": 3 * 800, "off_chip": 3 * 800 + 400, "kernels": 3}
     assert of(*lines) == hlo.Figures(**moved, **copied)
+
+
+def test_parts_that_are_fetched_are_no_kernels():
+    """Half of y comes onto the chip by itself, and once more; both are named as one."""
+    fetch = "((bf16[200]{0}), bf16[100]{0:S(1)}, s32[]{:S(2)}) slice-start(%y)"
+    found = of(
+        "%done = bf16[200]{0:S(1)} copy-done(%start)",
+        f"%p = {fetch}, slice={{[0:100]}}",
+        f"%q = {fetch}, slice={{[100:200]}}",
+        "%pd = bf16[100]{0:S(1)} slice-done(%p)",
+        "%qd = bf16[100]{0:S(1)} slice-done(%q)",
+        "%b = bf16[200]{0:S(1)} custom-call(%pd, %qd), "
+        'custom_call_target="ConcatBitcast"',
+        "%out = (bf16[200]{0}, bf16[200]{0:S(1)}, u32[]{:S(2)}) copy-start(%b)",
+        "ROOT %r = bf16[200]{0} copy-done(%out)",
+    )
+    assert found == EMPTY._replace(off_chip=400 + 2 * 200 + 400)
+
+
+def test_a_copy_of_an_argument_that_came_in_parts_is_told_apart():
+    found = of(
+        "%p = ((bf16[200]{0}), bf16[200]{0:S(1)}, s32[]{:S(2)}) slice-start(%y)",
+        "%pd = bf16[200]{0:S(1)} slice-done(%p)",
+        '%b = bf16[200]{0} custom-call(%pd), custom_call_target="ConcatBitcast"',
+        '%new = bf16[200]{0} custom-call(), custom_call_target="AllocateBuffer"',
+        "%c = bf16[200]{0} copy(%b)",
+        "%d = bf16[200]{0} copy(%new)",
+        "ROOT %r = (bf16[200]{0}, bf16[200]{0}) tuple(%c, %d)",
+    )
+    assert (found.copies, found.copied) == (1, 800)
+    assert (found.kernels, found.bytes) == (1, 800)
 
 
 def test_text_without_an_entry_is_refused():
