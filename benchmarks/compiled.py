@@ -45,7 +45,7 @@ CASES = {
     "v5e": ("main", "more", "small", "synced"),
     "v6e": ("main", "synced"),
 }
-STEPS = {"H100": list(programs.NETWORKS), "v5e": list(programs.NETWORKS)}
+STEPS = {"H100": tuple(programs.NETWORKS)}
 QUICK = ("H100", "v5e")
 
 

@@ -295,8 +295,12 @@ def test_quick_is_a_part_of_all(name):
     assert set(quick.peers) < set(whole.peers)
     some = compiled.planned(name, norms=["rms"])
     assert {case.norm for case, _ in some.cases} == {"rms"} and not some.steps
-    one = compiled.planned(name, steps=["ViT-B"])
+
+
+def test_a_step_alone_is_planned_alone():
+    one = compiled.planned("H100", steps=["ViT-B"])
     assert one.steps == ("ViT-B",) and not one.cases
+    assert set(compiled.planned("H100").steps) == set(networks.NETWORKS)
 
 
 def test_least_bytes():
@@ -459,3 +463,30 @@ def test_from_the_command_line(monkeypatch, tmp_path, capsys):
         "compiled.py: the options must leave something to compile. Got --target v5e "
         "--threads 1. Leave out --quick, or name more."
     )
+
+
+def test_the_page_has_the_committed_figures():
+    committed = json.loads((DOCS / "compiled.json").read_text())
+    page = (DOCS / "compiled.md").read_text()
+    assert page.endswith(f"{compiled_report.MARK}\n{compiled_report.text(committed)}\n")
+    assert compiled_report.dumped(committed) == (DOCS / "compiled.json").read_text()
+    keys = {(r["target"], r["case"], r["dtype"], r["mode"]) for r in committed["rows"]}
+    want = {
+        (name, case.name, dtype, mode)
+        for name in targets.NAMES
+        for case, dtype in compiled.planned(name).cases
+        for mode in programs.MODES
+    }
+    want |= {
+        (name, step, "bfloat16", "step")
+        for name in targets.NAMES
+        for step in compiled.planned(name).steps
+    }
+    assert keys == want
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    committed = json.loads((DOCS / "compiled.json").read_text())
+    compiled_report.draw(committed, tmp_path / "compiled.png")
+    assert (tmp_path / "compiled.png").stat().st_size > 10_000
