@@ -1,10 +1,9 @@
-"""Tables, comparisons and the picture of what compiled.py found.
+"""Tables and comparisons of what compiled.py found.
 
     python benchmarks/compiled_report.py docs/compiled.json docs/compiled.md
     python benchmarks/compiled_report.py docs/compiled.json docs/compiled.png
 
-The first writes the tables into the page, below its mark; the second draws, and needs
-matplotlib, which the extra `examples` has.
+The first writes the tables into the page, below its mark; the second draws (plot.py).
 """
 
 import argparse
@@ -248,55 +247,6 @@ def text(report: dict) -> str:
     return "\n\n".join(parts).replace("\n\n\n", "\n\n")
 
 
-def draw(report: dict, path: pathlib.Path) -> None:
-    """Draws the ratios to Flax's default into a PNG: bytes, or cycles of TPUs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [row for row in report["rows"] if row["group"] in ("main", "more")]
-    names = list(dict.fromkeys(row["target"] for row in shown))
-    labels = list(dict.fromkeys(f"{row['case']}, {row['dtype']}" for row in shown))
-    figure, axes = pyplot.subplots(
-        1,
-        len(names),
-        figsize=(3 + 3 * len(names), 2 + 0.2 * len(labels)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, target in zip(axes[0], names, strict=True):
-        figure_of = "bytes" if target == "H100" else "cycles"
-        for mode, mark in zip(MODES, "osv", strict=True):
-            rows = [r for r in shown if (r["target"], r["mode"]) == (target, mode)]
-            rows = [row for row in rows if row["of"]["flax"][figure_of]]
-            axis.plot(
-                [
-                    _of("normjax", figure_of)(r) / _of("flax", figure_of)(r)
-                    for r in rows
-                ],
-                [labels.index(f"{row['case']}, {row['dtype']}") for row in rows],
-                mark,
-                markersize=4,
-                label=mode,
-            )
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        ticks = [0.125, 0.25, 0.5, 1, 2, 4]
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
-        axis.minorticks_off()
-        axis.grid(axis="y", linewidth=0.3)
-        estimated = "" if figure_of == "bytes" else "estimated "
-        axis.set_title(f"{target}: {estimated}{figure_of} over Flax's", fontsize=8)
-    axes[0][0].set_yticks(range(len(labels)), labels, fontsize=6)
-    axes[0][0].set_ylim(len(labels) - 0.5, -0.5)
-    axes[0][0].legend(fontsize=7)
-    figure.suptitle(report["about"], fontsize=6)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main() -> None:
     """Reads the JSON, and writes the page's tables or the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -307,7 +257,9 @@ def main() -> None:
     args = parser.parse_args()
     report = json.loads(args.json.read_text())
     if args.into.suffix == ".png":
-        draw(report, args.into)
+        import plot
+
+        plot.draw_compiled(report, args.into)
         return
     prose, mark, _ = args.into.read_text().partition(MARK)
     if not mark:
