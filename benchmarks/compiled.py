@@ -45,7 +45,8 @@ CASES = {
     "v5e": ("main", "more", "small", "synced"),
     "v6e": ("main", "synced"),
 }
-STEPS = {"H100": tuple(programs.NETWORKS)}
+# The compiler for a TPU takes minutes for a block of four convolutions.
+STEPS = {"H100": tuple(programs.NETWORKS), "v5e": ("decoder block", "U-Net block")}
 QUICK = ("H100", "v5e")
 
 
