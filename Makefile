@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo compare test test-processes lint types format fuzz mutants test-peers test-wheel test-clients bench test-flax accuracy docs notebook clean
+.PHONY: demo compare test test-processes lint types format fuzz mutants test-peers test-wheel test-clients bench compiled compiled-page test-flax accuracy docs notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
@@ -97,6 +97,25 @@ $(PEERS): $(DONE)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
+# What the compilers for a GPU and for TPUs make of the norms; none of them needs to be
+# here, and nothing is run. `make compiled COMPILED=--quick`; the options are in the script.
+# After `make compiled COMPILED="--json docs/compiled.json"`, which takes long,
+# `make compiled-page` writes the page's tables and draws its picture.
+COMPILERS := .venv-compilers
+COMPILED ?=
+compiled: $(COMPILERS)/.installed
+	JAX_PLATFORMS=cpu PYTHONPATH="$(CURDIR)" $(COMPILERS)/bin/python \
+	  benchmarks/compiled.py $(COMPILED)
+
+compiled-page: $(DONE)
+	$(PY) benchmarks/compiled_report.py docs/compiled.json docs/compiled.md
+	$(PY) benchmarks/compiled_report.py docs/compiled.json docs/compiled.png
+
+$(COMPILERS)/.installed: benchmarks/compilers.txt
+	$(PYTHON) -m venv $(COMPILERS)
+	$(COMPILERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 # Flax's own tests of norms, from a checkout of Flax, on normjax's modules.
 FLAX_TESTS := tests/linen/linen_test.py tests/nnx/nn/normalization_test.py
 test-flax: $(DONE)
@@ -123,4 +142,4 @@ $(DONE): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf $(VENV) $(COMPILERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

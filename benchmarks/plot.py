@@ -10,6 +10,7 @@ import json
 import pathlib
 
 SHOWN = ("forward", "both", "step")
+PROGRAMS = ("forward", "training", "backward")  # of compiled.py
 MARKS = {"forward": "o", "both": "s", "inference": "^", "backward": "v"}
 
 
@@ -86,6 +87,52 @@ def draw(report: dict, path: pathlib.Path) -> None:
         _roofline(axes[1], report["rows"])
     figure.suptitle(report["about"].replace("; ", "\n", 1), fontsize=6)
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_compiled(report: dict, path: pathlib.Path) -> None:
+    """Draws a report of compiled.py into a PNG: bytes over Flax's, of TPUs cycles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in report["rows"] if row["group"] in ("main", "more")]
+    names = list(dict.fromkeys(row["target"] for row in shown))
+    labels = list(dict.fromkeys(f"{row['case']}, {row['dtype']}" for row in shown))
+    figure, axes = pyplot.subplots(
+        1,
+        len(names),
+        figsize=(3 + 3 * len(names), 2 + 0.2 * len(labels)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, target in zip(axes[0], names, strict=True):
+        what = "bytes" if target == "H100" else "cycles"
+        for mode, mark in zip(PROGRAMS, "osv", strict=True):
+            rows = [r for r in shown if (r["target"], r["mode"]) == (target, mode)]
+            rows = [row for row in rows if row["of"]["flax"][what]]
+            axis.plot(
+                [r["of"]["normjax"][what] / r["of"]["flax"][what] for r in rows],
+                [labels.index(f"{row['case']}, {row['dtype']}") for row in rows],
+                mark,
+                markersize=4,
+                label=mode,
+            )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        ticks = [0.125, 0.25, 0.5, 1, 2, 4]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+        axis.minorticks_off()
+        axis.grid(axis="y", linewidth=0.3)
+        estimated = "" if what == "bytes" else "estimated "
+        axis.set_title(f"{target}: {estimated}{what} over Flax's", fontsize=8)
+    axes[0][0].set_yticks(range(len(labels)), labels, fontsize=6)
+    axes[0][0].set_ylim(len(labels) - 0.5, -0.5)
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(report["about"], fontsize=6)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
