@@ -220,16 +220,19 @@ def _tangent(
         bias_dot = widened(bias_dot, stat)
     if scale is None or _small(x, rstd, scale):
         # Of x_dot, x_hat and 1, the coefficients first, at their small shape: the
-        # transpose then needs just the two sums that dscale and dbias are anyway.
+        # transpose then needs just the two sums that dscale and dbias are anyway. The
+        # barriers keep XLA from taking those of a sample and those of a batch apart.
         of_x_dot = rstd if scale is None else product(scale, rstd)
         of_averages = of_units if scale is None else product(scale, of_units)
         of_x_hat = -product(of_averages, c)
         if scale is not None:
-            of_x_hat = scale_dot + of_x_hat
+            of_x_hat = lax.optimization_barrier(scale_dot + of_x_hat)
         y_dot = added(product(of_x_dot, x_dot), product(x_hat(2), of_x_hat))
         if r.centered or bias is not None:
             of_one = -product(of_averages, a)
-            y_dot = added(y_dot, of_one if bias is None else added(bias_dot, of_one))
+            if bias is not None:
+                of_one = lax.optimization_barrier(added(bias_dot, of_one))
+            y_dot = added(y_dot, of_one)
     else:
         inner = product(rstd, x_dot)
         inner = lax.sub(inner, product(x_hat(2), product(c, of_units)))
