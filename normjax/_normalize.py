@@ -313,7 +313,9 @@ def normalized(
     operands = {"x": x, "scale": scale, "bias": bias, "moments.mean": moments.mean}
     dtype = _check.output_dtype(name, dtype, operands)
     epsilon = _check.epsilon(name, epsilon, _numbers.statistics_dtype(x, dtype))
-    fields = {k: lay(f"moments.{k}", v) for k, v in vars(moments).items()}
+    # All fields have one shape; the mean comes first, and errors name it.
+    fields = {"mean": moments.mean, **vars(moments)}
+    fields = {k: lay(f"moments.{k}", v) for k, v in fields.items()}
     return _given(x, Moments(**fields), scale, bias, where, epsilon, dtype)
 
 
