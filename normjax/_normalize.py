@@ -326,5 +326,5 @@ def _given(x, m: Moments, scale, bias, where, epsilon, dtype):
     stat = _numbers.statistics_dtype(x, dtype)
     var = var_in(closed(m).var, stat)
     mean, rest = widened(m.mean, stat), widened(m.rest, stat)
-    m = Kept(jnp.ones_like(var), mean, rest, var)
-    return _apply(x, m, scale, bias, where, epsilon, True, dtype)
+    given = Kept(jnp.ones_like(var), mean, rest, var)
+    return _apply(x, given, scale, bias, where, epsilon, True, dtype)
