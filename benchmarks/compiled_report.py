@@ -14,10 +14,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import cases
+import programs
 
 MARK = "<!-- What follows is written by benchmarks/compiled_report.py. -->\n"
-MODES = ("forward", "training", "backward")
-PEERS = ("normjax", "flax", "flax, safe")
 # What must not grow, and by how much it may: in parts of the old figure, and of x.
 # Bytes, kernels and collectives are counts of one program. The rest are plans of a
 # compiler: where arrays lie, and how a kernel is cut into blocks, may move a little
@@ -178,7 +177,9 @@ def summary(report: dict) -> str:
 
 
 def _each(row: dict, form: Callable[[dict], str]) -> str:
-    return " / ".join(form(row["of"][p]) if p in row["of"] else "–" for p in PEERS)
+    return " / ".join(
+        form(row["of"][p]) if p in row["of"] else "–" for p in programs.PEERS
+    )
 
 
 def _moved(row: dict) -> str:

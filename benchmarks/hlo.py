@@ -196,6 +196,13 @@ def _handed_on(instructions: list[Instruction]) -> set[str]:
     return found
 
 
+def _collectives(i: Instruction, parts: dict[str, list[Instruction]]) -> int:
+    """Whether it is a collective, with those inside of a fusion, in all that it calls."""
+    inside = (c for name in _called(i, "calls") for c in parts.get(name, []))
+    together = i.operation.removesuffix("-start") in _COLLECTIVES
+    return together + sum(_collectives(c, parts) for c in inside)
+
+
 def figures(text: str) -> Figures:
     """Counts what a compiled program moves and runs.
 
@@ -212,14 +219,6 @@ def figures(text: str) -> Figures:
       ValueError: if the text has no entry computation.
     """
     parts, entry = computations(text)
-
-    def collectives(name: str) -> int:
-        """Collectives inside of a fusion, in all that it calls."""
-        count = 0
-        for i in parts.get(name, []):
-            count += i.operation.removesuffix("-start") in _COLLECTIVES
-            count += sum(map(collectives, _called(i, "calls")))
-        return count
 
     def total(name: str, handed: set[str]) -> Figures:
         found, types, sources = Figures(), {}, {}
@@ -254,9 +253,7 @@ def figures(text: str) -> Figures:
                 of = Figures(copied=moved, copies=1, copied_cycles=estimate)
             else:
                 off_chip = sum(size(type_, True) for type_ in [i.type, *taken])
-                together = i.operation.removesuffix("-start") in _COLLECTIVES
-                together += sum(map(collectives, _called(i, "calls")))
-                of = Figures(moved, off_chip, 1, together, estimate)
+                of = Figures(moved, off_chip, 1, _collectives(i, parts), estimate)
             found = found.plus(of)
         return found
 

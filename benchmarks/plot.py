@@ -10,7 +10,6 @@ import json
 import pathlib
 
 SHOWN = ("forward", "both", "step")
-PROGRAMS = ("forward", "training", "backward")  # of compiled.py
 MARKS = {"forward": "o", "both": "s", "inference": "^", "backward": "v"}
 
 
@@ -98,7 +97,9 @@ def draw_compiled(report: dict, path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     shown = [row for row in report["rows"] if row["group"] in ("main", "more")]
-    names = list(dict.fromkeys(row["target"] for row in shown))
+    names, modes = (
+        list(dict.fromkeys(row[key] for row in shown)) for key in ("target", "mode")
+    )
     labels = list(dict.fromkeys(f"{row['case']}, {row['dtype']}" for row in shown))
     figure, axes = pyplot.subplots(
         1,
@@ -110,7 +111,7 @@ def draw_compiled(report: dict, path: pathlib.Path) -> None:
     )
     for axis, target in zip(axes[0], names, strict=True):
         what = "bytes" if target == "H100" else "cycles"
-        for mode, mark in zip(PROGRAMS, "osv", strict=True):
+        for mode, mark in zip(modes, "osv", strict=True):
             rows = [r for r in shown if (r["target"], r["mode"]) == (target, mode)]
             rows = [row for row in rows if row["of"]["flax"][what]]
             axis.plot(

@@ -20,12 +20,12 @@ def test_errors_stay_below_the_bar(norm, data, who):
     assert not missed
 
 
+of_cpu = _measure._in_double
 # What a GPU and what a TPU computes.
 FORMS = {
     "one pass": lambda x, where, r: of_cpu(x, where, r, passes=1),
     "in float32": lambda x, where, r: _measure._in_dtype(x, where, r, jnp.float32),
 }
-of_cpu = _measure._in_double
 
 
 @pytest.fixture(params=FORMS.values(), ids=FORMS)
