@@ -197,7 +197,7 @@ def _handed_on(instructions: list[Instruction]) -> set[str]:
 
 
 def _collectives(i: Instruction, parts: dict[str, list[Instruction]]) -> int:
-    """Whether it is a collective, with those inside of a fusion, in all that it calls."""
+    """Collectives: itself, and those inside of a fusion, in all that it calls."""
     inside = (c for name in _called(i, "calls") for c in parts.get(name, []))
     together = i.operation.removesuffix("-start") in _COLLECTIVES
     return together + sum(_collectives(c, parts) for c in inside)
