@@ -1,0 +1,158 @@
+"""Builds the CPU kernels, with the package or by hand: ``python hatch_build.py``.
+
+They are one shared library that Python loads, not an extension module, so that a wheel
+with it serves every Python of its platform. Without a compiler, or with one that fails,
+the package installs without them and works; `UNBUILT` then holds the reason.
+"""
+
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+NATIVE = pathlib.Path("normjax/kernels/native")
+LIBRARY = NATIVE / "libnormjax.so"
+UNBUILT = NATIVE / "unbuilt.txt"
+
+# Instruction sets, by the kernels' namespaces. On machines of other kinds the compiler's
+# own.
+X86_64 = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
+
+OPTIONS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+    # The kernels are written in vectors; what the compiler would add to that is code.
+    "-fno-tree-vectorize",
+    # A product that is added to something may be exact: the sums are better for it, and
+    # nothing depends on a product's rounding. All machines of one kind do the same.
+    "-ffp-contract=fast",
+    # Comparisons here never ask for a signal, and errno is never read.
+    "-fno-trapping-math",
+    "-fno-math-errno",
+]
+
+
+class Unbuilt(Exception):
+    """Why there are no kernels."""
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: CXX, or the first there is."""
+    if named := os.environ.get("CXX"):
+        return shlex.split(named)
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise Unbuilt("no C++ compiler was found: c++, g++, clang++, or the one CXX names")
+
+
+def headers() -> str:
+    """The folder of XLA's headers, which come with jaxlib."""
+    try:
+        import jaxlib
+    except ImportError as e:
+        raise Unbuilt(f"jaxlib, whose headers are needed, does not import: {e}") from e
+    folder = pathlib.Path(jaxlib.__file__).parent / "include"
+    if not (folder / "xla/ffi/api/ffi.h").exists():
+        raise Unbuilt(f"jaxlib has no headers in {folder}")
+    return str(folder)
+
+
+def run(command: list[str]) -> None:
+    """Runs the compiler."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as e:
+        raise Unbuilt(f"{command[0]} does not run: {e}") from e
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        error = next((line for line in said if "error" in line), *said[-1:])
+        raise Unbuilt(f"{shlex.join(command)} failed: {error}")
+
+
+def compiled(root: pathlib.Path) -> None:
+    """Compiles the library of the sources below ``root``."""
+    if os.environ.get("NORMJAX_NATIVE") == "0":
+        raise Unbuilt("NORMJAX_NATIVE=0 was set")
+    if os.name == "nt":
+        raise Unbuilt("Windows has no build of them yet")
+    cxx, include, source = compiler(), headers(), root / NATIVE
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = X86_64 if is_x86 else {"base": []}
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        for isa, options in sets.items():
+            objects.append(f"{folder}/{isa}.o")
+            define = f"-DNORMJAX_ISA={isa}"
+            output = ["-c", str(source / "kernels.cc"), "-o", objects[-1]]
+            run([*cxx, *OPTIONS, *options, define, *output])
+        objects.append(f"{folder}/handlers.o")
+        # As a system's headers: their warnings are not ours.
+        output = ["-c", str(source / "handlers.cc"), "-o", objects[-1]]
+        run([*cxx, *OPTIONS, "-isystem", include, *output])
+        link = [*cxx, "-shared", *objects, "-o", f"{folder}/{LIBRARY.name}"]
+        # With its own C++ library, for machines that have an older one; hidden, so that
+        # it is no other's.
+        own = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s"]
+        try:
+            run([*link, *own])
+        except Unbuilt:
+            run(link)
+        # In one step: a process that has the old one loaded keeps it.
+        shutil.copy(f"{folder}/{LIBRARY.name}", root / f"{LIBRARY}.new")
+        os.replace(root / f"{LIBRARY}.new", root / LIBRARY)
+
+
+def build(root: str | os.PathLike = ".") -> str | None:
+    """Builds the library, or leaves the reason why not, which it returns."""
+    root = pathlib.Path(root)
+    for old in (LIBRARY, UNBUILT):
+        (root / old).unlink(missing_ok=True)
+    try:
+        compiled(root)
+    except Unbuilt as e:
+        (root / UNBUILT).write_text(f"{e}\n")
+        return str(e)
+    return None
+
+
+def wheel_tag() -> str:
+    """Any Python 3, and this platform."""
+    return "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by hand
+    pass
+else:
+
+    class Hook(BuildHookInterface):
+        """Builds the library before a wheel, or an editable install, is packed."""
+
+        def initialize(self, version, build_data):
+            """Compiles, and adds the library or the reason to the wheel."""
+            if self.target_name != "wheel":
+                return
+            reason = build(self.root)
+            if reason:
+                self.app.display_warning(f"normjax without its CPU kernels: {reason}")
+                build_data["artifacts"].append(f"/{UNBUILT}")
+                return
+            build_data["artifacts"].append(f"/{LIBRARY}")
+            build_data["pure_python"] = False
+            build_data["tag"] = wheel_tag()
+
+
+if __name__ == "__main__":
+    sys.exit(build(pathlib.Path(__file__).parent))

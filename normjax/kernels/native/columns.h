@@ -1,0 +1,517 @@
+// Norms of columns, S > 1: batch, instance and group norm.
+//
+// A sample is a slab of S rows of C = G * K channels. It is cut into pieces, whose sums are
+// taken by themselves and then added in order. Where there are samples enough for all
+// workers each takes whole samples, so that the second reading of a slab finds it in
+// cache; where not, all share the pieces of all samples. The sums are the same bits.
+#pragma once
+
+#include "moments.h"
+#include "workspace.h"
+
+namespace normjax::NORMJAX_ISA {
+
+// How a slab is read: as rows of `width` columns. Few channels that fill no vector are
+// taken several positions at a time, so that width is a multiple of 16; the last row then
+// may be a part of one.
+struct Slab {
+  int64_t channels, copies, width, padded, length, rows, pieces;
+
+  explicit Slab(const Shape& s) : channels(s.channels()), length(s.per_sample()) {
+    int64_t common = 16;
+    while (channels % common) common /= 2;
+    copies = channels * (16 / common) <= 2048 ? least(16 / common, s.positions) : 1;
+    width = channels * copies;
+    padded = ceil_div(width, 16) * 16;
+    rows = ceil_div(length, width);
+    pieces = clamped(least(length >> 16, rows / 64), 1, 64);
+  }
+
+  // Calls what(first, rows, width) for the parts of a piece that fit a cache near the
+  // core; of the last row, which may be short, by itself.
+  template <class What>
+  void blocks(int64_t piece, What what) const {
+    const int64_t end = rows * (piece + 1) / pieces;
+    const int64_t last = length - (rows - 1) * width;
+    const int64_t whole = end == rows && last < width ? end - 1 : end;
+    const int64_t block = clamped(4096 / width, 8, 32);
+    for (int64_t r = rows * piece / pieces; r < whole; r += block) {
+      what(r * width, least(block, whole - r), width);
+    }
+    if (whole < end) what(whole * width, int64_t{1}, last);
+  }
+};
+
+// What is known of one sample while it is worked on. Arrays by column, of length `padded`.
+class State {
+ public:
+  static int64_t doubles(const Slab& s) { return 1 + s.padded * (5 + 2 * s.pieces); }
+  State(double* memory, const Slab& s)
+      : plain_(memory), memory_(memory + 1), padded_(s.padded) {}
+
+  // Whether the sample is worked on in float32: see `Standard::is_plain`.
+  bool is_plain() const { return *plain_ != 0; }
+  void set_plain(bool value) const { *plain_ = value; }
+  double* shift() const { return memory_; }
+  // The factors of y or dx, in float32 or float64: see `write_columns`.
+  template <class Real>
+  Real* factor(int i) const {
+    return reinterpret_cast<Real*>(memory_ + (1 + i) * padded_);
+  }
+  // Two sums of each piece.
+  double* sums(int64_t piece, int which) const {
+    return memory_ + (5 + 2 * piece + which) * padded_;
+  }
+  double* total(int which) const { return sums(0, which); }
+  void add_pieces(const Slab& s) const {
+    for (int64_t piece = 1; piece < s.pieces; ++piece) {
+      sweep<Doubles, 1>(2 * padded_, [&](auto, int64_t i, auto) NORMJAX_STEP {
+        double* to = total(0) + i;
+        store(to, load<Doubles>(to) + load<Doubles>(sums(piece, 0) + i));
+      });
+    }
+  }
+  // Of a channel, over the positions that share a row of the slab.
+  double of_channel(const Slab& s, int which, int64_t channel) const {
+    double t = 0;
+    for (int64_t j = 0; j < s.copies; ++j) t += total(which)[j * s.channels + channel];
+    return t;
+  }
+
+ private:
+  double *plain_, *memory_;
+  int64_t padded_;
+};
+
+// Repeats the first `channels` of an array for all copies.
+template <class T>
+void repeat(T* a, const Slab& s) {
+  for (int64_t i = s.channels; i < s.width; ++i) a[i] = a[i - s.channels];
+}
+
+// Calls step(i, count, lanes) for strips of columns: of U vectors, and at the end of one.
+template <class V, int U, class Step>
+NORMJAX_INLINE void strips(int64_t width, Step step) {
+  constexpr int64_t w = kLanes<V>;
+  int64_t i = 0;
+  for (; i + U * w <= width; i += U * w) step(i, Index<U>{}, Whole{});
+  for (; i + w <= width; i += w) step(i, Index<1>{}, Whole{});
+  if (i < width) step(i, Index<1>{}, Part{static_cast<int>(width - i)});
+}
+
+// A strip of an array by column, in registers.
+template <class V, int U, class T>
+NORMJAX_INLINE void load_strip(V (&to)[U], const T* from) {
+  for (int u = 0; u < U; ++u) to[u] = load<V>(from + u * kLanes<V>);
+}
+template <class V, int U, class T>
+NORMJAX_INLINE void store_strip(T* to, const V (&from)[U]) {
+  for (int u = 0; u < U; ++u) store(to + u * kLanes<V>, from[u]);
+}
+
+// Adds the distances of a block to their shift, and the squares of the distances.
+template <class X>
+void add_distances(const X* x, int64_t rows, int64_t stride, int64_t width, const double* shift,
+                   double* distances, double* squares) {
+  strips<Doubles, 4>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    Doubles from[count], d1[count], d2[count];
+    load_strip(from, shift + i);
+    load_strip(d1, distances + i);
+    load_strip(d2, squares + i);
+    for (const X* row = x + i; row < x + i + rows * stride; row += stride) {
+      for (int u = 0; u < count; ++u) {
+        const Doubles v = load<Doubles>(row + u * kLanes<Doubles>, lanes);
+        const Doubles d = filled(v, lanes, from[u]) - from[u];
+        d1[u] += d;
+        d2[u] += d * d;
+      }
+    }
+    store_strip(distances + i, d1);
+    store_strip(squares + i, d2);
+  });
+}
+
+// y = (x - mean) * factor + term, each by column.
+template <class Real, class X, class Y>
+void write_columns(const X* x, Y* y, int64_t rows, int64_t stride, int64_t width,
+                   const Real* mean, const Real* factor, const Real* term) {
+  using V = Vec<Real>;
+  strips<V, 2>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    V m[count], f[count], t[count];
+    load_strip(m, mean + i);
+    load_strip(f, factor + i);
+    load_strip(t, term + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int u = 0; u < count; ++u) {
+        const int64_t at = r * stride + i + u * kLanes<V>;
+        store(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
+      }
+    }
+  });
+}
+
+template <class X, class Y>
+class ForwardColumns {
+ public:
+  ForwardColumns(const Forward& f, const float* scale, const float* bias)
+      : f_(f), s_(f.shape), slab_(f.shape), scale_(scale), bias_(bias) {}
+
+  const Slab& slab() const { return slab_; }
+
+  void begin(int64_t sample, const State& state) const {
+    double* shift = state.shift();
+    for (int64_t i = 0; i < slab_.padded; ++i) shift[i] = 0;
+    if (!f_.centered) return;
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      const double first = shift_of(first_of(x(sample) + g * s_.width));
+      for (int64_t k = 0; k < s_.width; ++k) shift[g * s_.width + k] = first;
+    }
+    repeat(shift, slab_);
+  }
+
+  void add(int64_t sample, int64_t piece, const State& state) const {
+    double *d1 = state.sums(piece, 0), *d2 = state.sums(piece, 1);
+    for (int64_t i = 0; i < slab_.padded; ++i) d1[i] = d2[i] = 0;
+    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
+      add_distances(x(sample) + first, rows, slab_.width, width, state.shift(), d1, d2);
+    });
+  }
+
+  // From the sums of all pieces, the moments and the factors of y.
+  void finish(int64_t sample, const State& state) const {
+    state.add_pieces(slab_);
+    bool is_plain = true;
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      is_plain = moments(sample, g, state).is_plain() && is_plain;
+    }
+    state.set_plain(is_plain && factors<float>(sample, state));
+    if (!state.is_plain()) factors<double>(sample, state);
+  }
+
+  void write(int64_t sample, int64_t piece, const State& state) const {
+    if (state.is_plain()) write_in<float>(sample, piece, state);
+    else write_in<double>(sample, piece, state);
+  }
+
+ private:
+  const X* x(int64_t sample) const {
+    return static_cast<const X*>(f_.x.data) + sample * slab_.length;
+  }
+
+  Standard moments(int64_t sample, int64_t group, const State& state) const {
+    Sums sums;
+    for (int64_t c = group * s_.width; c < (group + 1) * s_.width; ++c) {
+      sums.distances += state.of_channel(slab_, 0, c);
+      sums.squares += state.of_channel(slab_, 1, c);
+    }
+    const double shift = state.shift()[group * s_.width];
+    const Moments m = moments_of(sums, shift, s_.per_set(), f_.centered);
+    const int64_t set = sample * s_.groups + group;
+    f_.mean[set] = m.mean, f_.rest[set] = m.rest, f_.var[set] = m.var;
+    return standard_of(m, f_.epsilon);
+  }
+
+  // Returns whether Real can hold the factors.
+  template <class Real>
+  bool factors(int64_t sample, const State& state) const {
+    Real *mean = state.factor<Real>(0), *factor = state.factor<Real>(1);
+    Real* term = state.factor<Real>(2);
+    const int64_t row = s_.row_of(sample) * slab_.channels;
+    bool is_plain = true;
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      const int64_t set = sample * s_.groups + g;
+      const Standard s = standard_of(f_.mean[set], f_.rest[set], f_.var[set], f_.epsilon);
+      for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
+        const double by = s.rstd * scale_[row + c];
+        mean[c] = s.mean_in<Real>(), factor[c] = by;
+        term[c] = bias_[row + c] - s.rest_in<Real>() * by;
+        is_plain = is_plain && std::fabs(by) < 0x1p100;
+      }
+    }
+    for (Real* a : {mean, factor, term}) repeat(a, slab_);
+    return is_plain;
+  }
+
+  template <class Real>
+  void write_in(int64_t sample, int64_t piece, const State& state) const {
+    Y* y = static_cast<Y*>(f_.y.data) + sample * slab_.length;
+    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
+      write_columns<Real>(x(sample) + first, y + first, rows, slab_.width, width,
+                          state.factor<Real>(0), state.factor<Real>(1), state.factor<Real>(2));
+    });
+  }
+
+  const Forward& f_;
+  const Shape& s_;
+  const Slab slab_;
+  const float *scale_, *bias_;
+};
+
+// Whether whole samples, or chunks of them, keep all workers busy to the end.
+inline bool fills(int64_t tasks, const Workers& workers) {
+  const int64_t rounds = ceil_div(tasks, workers.count());
+  return 5 * tasks >= 4 * rounds * workers.count();
+}
+
+template <class X, class Y>
+bool forward_columns(const Forward& f, const float* scale, const float* bias, Workers& workers) {
+  const ForwardColumns<X, Y> work(f, scale, bias);
+  const Slab& slab = work.slab();
+  const int64_t samples = f.shape.samples, size = f.shape.size();
+  const bool by_sample = slab.pieces == 1 || fills(samples, workers);
+  const int64_t of_one = State::doubles(slab);
+  const Memory<double> memory(of_one * (by_sample ? workers.count() : samples));
+  if (!memory.data()) return false;
+  const auto state = [&](int64_t i) { return State(memory.data() + i * of_one, slab); };
+  if (by_sample) {
+    const int64_t of_task = ceil_div(kTask, slab.length);
+    parallel(workers, ceil_div(samples, of_task), size, [&](int64_t t, int64_t worker) {
+      const State own = state(worker);
+      for (int64_t n = t * of_task; n < least(samples, (t + 1) * of_task); ++n) {
+        work.begin(n, own);
+        for (int64_t p = 0; p < slab.pieces; ++p) work.add(n, p, own);
+        work.finish(n, own);
+        for (int64_t p = slab.pieces; p-- > 0;) work.write(n, p, own);
+      }
+    });
+    return true;
+  }
+  const int64_t pieces = samples * slab.pieces;
+  for (int64_t n = 0; n < samples; ++n) work.begin(n, state(n));
+  parallel(workers, pieces, size, [&](int64_t t, int64_t) {
+    work.add(t / slab.pieces, t % slab.pieces, state(t / slab.pieces));
+  });
+  for (int64_t n = 0; n < samples; ++n) work.finish(n, state(n));
+  // What was read last is in cache still.
+  parallel(workers, pieces, size, [&](int64_t t, int64_t) {
+    const int64_t at = pieces - 1 - t;
+    work.write(at / slab.pieces, at % slab.pieces, state(at / slab.pieces));
+  });
+  return true;
+}
+
+// Adds dy * (x - mean) and dy of a block, in float32 where Real is.
+template <class Real, class X, class DY>
+void add_products(const X* x, const DY* dy, int64_t rows, int64_t stride, int64_t width,
+                  const Real* mean, double* products, double* of_dy) {
+  using V = Vec<Real>;
+  strips<V, 2>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    constexpr int w = kLanes<V>;
+    V m[count], p[count] = {}, q[count] = {};
+    load_strip(m, mean + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int u = 0; u < count; ++u) {
+        const int64_t at = r * stride + i + u * w;
+        const V g = load<V>(dy + at, lanes);
+        p[u] += g * (load<V>(x + at, lanes) - m[u]);
+        q[u] += g;
+      }
+    }
+    for (int u = 0; u < count; ++u) {
+      add_wide(products + i + u * w, p[u]);
+      add_wide(of_dy + i + u * w, q[u]);
+    }
+  });
+}
+
+// dx = dy * factor + (x - mean) * slope + offset, each by column.
+template <class Real, class X, class DY>
+void write_dx_columns(const X* x, const DY* dy, X* dx, int64_t rows, int64_t stride,
+                      int64_t width, const Real* mean, const Real* factor, const Real* slope,
+                      const Real* offset) {
+  using V = Vec<Real>;
+  strips<V, 2>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    V m[count], f[count], s[count], o[count];
+    load_strip(m, mean + i);
+    load_strip(f, factor + i);
+    load_strip(s, slope + i);
+    load_strip(o, offset + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int u = 0; u < count; ++u) {
+        const int64_t at = r * stride + i + u * kLanes<V>;
+        const V d = load<V>(x + at, lanes) - m[u];
+        store(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
+      }
+    }
+  });
+}
+
+template <class X, class DY>
+class BackwardColumns {
+ public:
+  BackwardColumns(const Backward& b, const float* scale)
+      : b_(b), s_(b.shape), slab_(b.shape), scale_(scale) {}
+
+  const Slab& slab() const { return slab_; }
+
+  void begin(int64_t sample, const State& state) const {
+    bool is_plain = true;
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      is_plain = is_plain && standard(sample, g).is_plain();
+    }
+    state.set_plain(is_plain);
+    if (is_plain) means<float>(sample, state);
+    else means<double>(sample, state);
+  }
+
+  void add(int64_t sample, int64_t piece, const State& state) const {
+    if (state.is_plain()) add_in<float>(sample, piece, state);
+    else add_in<double>(sample, piece, state);
+  }
+
+  // From the sums of all pieces what the sample adds to dscale and dbias, and the factors
+  // of dx.
+  void finish(int64_t sample, const State& state, double* dscale, double* dbias) const {
+    state.add_pieces(slab_);
+    if (state.is_plain()) add_up<float>(sample, state, dscale, dbias);
+    else add_up<double>(sample, state, dscale, dbias);
+    state.set_plain(state.is_plain() && factors<float>(sample, state));
+    if (!state.is_plain()) factors<double>(sample, state);
+  }
+
+  void write(int64_t sample, int64_t piece, const State& state) const {
+    if (state.is_plain()) write_in<float>(sample, piece, state);
+    else write_in<double>(sample, piece, state);
+  }
+
+ private:
+  const X* x(int64_t sample) const {
+    return static_cast<const X*>(b_.x.data) + sample * slab_.length;
+  }
+  const DY* dy(int64_t sample) const {
+    return static_cast<const DY*>(b_.dy.data) + sample * slab_.length;
+  }
+
+  Standard standard(int64_t sample, int64_t group) const {
+    const int64_t set = sample * s_.groups + group;
+    return standard_of(b_.mean[set], b_.rest[set], b_.var[set], b_.epsilon);
+  }
+
+  template <class Real>
+  void means(int64_t sample, const State& state) const {
+    Real* mean = state.factor<Real>(0);
+    for (int64_t i = 0; i < slab_.padded; ++i) mean[i] = 0;
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      const Real of_group = standard(sample, g).template mean_in<Real>();
+      for (int64_t k = 0; k < s_.width; ++k) mean[g * s_.width + k] = of_group;
+    }
+    repeat(mean, slab_);
+  }
+
+  template <class Real>
+  void add_in(int64_t sample, int64_t piece, const State& state) const {
+    double *products = state.sums(piece, 0), *of_dy = state.sums(piece, 1);
+    for (int64_t i = 0; i < slab_.padded; ++i) products[i] = of_dy[i] = 0;
+    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
+      add_products<Real>(x(sample) + first, dy(sample) + first, rows, slab_.width, width,
+                         state.factor<Real>(0), products, of_dy);
+    });
+  }
+
+  // Leaves the sums of dy * x_hat and of dy, by channel, in the state's totals.
+  template <class Real>
+  void add_up(int64_t sample, const State& state, double* dscale, double* dbias) const {
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      const Standard s = standard(sample, g);
+      for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
+        const double of_dy = state.of_channel(slab_, 1, c);
+        const double products = state.of_channel(slab_, 0, c) - s.rest_in<Real>() * of_dy;
+        dscale[c] += state.total(0)[c] = s.rstd * products;
+        dbias[c] += state.total(1)[c] = of_dy;
+      }
+    }
+  }
+
+  // Returns whether Real can hold the factors.
+  template <class Real>
+  bool factors(int64_t sample, const State& state) const {
+    const float* scale = scale_ + s_.row_of(sample) * slab_.channels;
+    bool is_plain = true;
+    means<Real>(sample, state);
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      double a = 0, c = 0;
+      for (int64_t i = g * s_.width; i < (g + 1) * s_.width; ++i) {
+        c += state.total(0)[i] * scale[i];
+        a += state.total(1)[i] * scale[i];
+      }
+      const double n = s_.per_set();
+      const Standard s = standard(sample, g);
+      const Correction of = correction_of<Real>(s, b_.centered ? a / n : 0, c / n);
+      is_plain = is_plain && of.is_plain();
+      for (int64_t i = g * s_.width; i < (g + 1) * s_.width; ++i) {
+        state.factor<Real>(1)[i] = s.rstd * scale[i];
+        state.factor<Real>(2)[i] = of.slope;
+        state.factor<Real>(3)[i] = of.offset;
+      }
+    }
+    for (int i = 1; i < 4; ++i) repeat(state.factor<Real>(i), slab_);
+    return is_plain;
+  }
+
+  template <class Real>
+  void write_in(int64_t sample, int64_t piece, const State& state) const {
+    X* dx = static_cast<X*>(b_.dx.data) + sample * slab_.length;
+    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
+      write_dx_columns<Real>(x(sample) + first, dy(sample) + first, dx + first, rows,
+                             slab_.width, width, state.factor<Real>(0), state.factor<Real>(1),
+                             state.factor<Real>(2), state.factor<Real>(3));
+    });
+  }
+
+  const Backward& b_;
+  const Shape& s_;
+  const Slab slab_;
+  const float* scale_;
+};
+
+template <class X, class DY>
+bool backward_columns(const Backward& b, const float* scale, Workers& workers) {
+  const BackwardColumns<X, DY> work(b, scale);
+  const Slab& slab = work.slab();
+  const Chunks chunks(b.shape);
+  const ParameterSums sums(b, chunks, workers);
+  const int64_t samples = b.shape.samples, size = b.shape.size();
+  const bool by_chunk = slab.pieces == 1 || fills(chunks.count, workers);
+  const int64_t of_one = State::doubles(slab);
+  const Memory<double> memory(of_one * (by_chunk ? workers.count() : samples));
+  if (!sums.ok() || !memory.data()) return false;
+  const auto state = [&](int64_t i) { return State(memory.data() + i * of_one, slab); };
+  const int64_t pieces = samples * slab.pieces;
+  if (!by_chunk) {
+    for (int64_t n = 0; n < samples; ++n) work.begin(n, state(n));
+    parallel(workers, pieces, size, [&](int64_t t, int64_t) {
+      work.add(t / slab.pieces, t % slab.pieces, state(t / slab.pieces));
+    });
+  }
+  // One after the other, whichever way: the sums of a chunk are added in its order.
+  const auto run = [&](int64_t chunk, int64_t worker) {
+    double* dscale = sums.open(chunk, worker);
+    double* dbias = dscale + slab.channels;
+    for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n) {
+      const State own = state(by_chunk ? worker : n);
+      if (by_chunk) {
+        work.begin(n, own);
+        for (int64_t p = 0; p < slab.pieces; ++p) work.add(n, p, own);
+      }
+      work.finish(n, own, dscale, dbias);
+      if (by_chunk) {
+        for (int64_t p = slab.pieces; p-- > 0;) work.write(n, p, own);
+      }
+    }
+    sums.close(chunk, dscale);
+  };
+  if (by_chunk) {
+    chunks.run(workers, size, run);
+  } else {
+    for (int64_t c = 0; c < chunks.count; ++c) run(c, 0);
+    // What was read last is in cache still.
+    parallel(workers, pieces, size, [&](int64_t t, int64_t) {
+      const int64_t at = pieces - 1 - t;
+      work.write(at / slab.pieces, at % slab.pieces, state(at / slab.pieces));
+    });
+  }
+  sums.finish();
+  return true;
+}
+
+}  // namespace normjax::NORMJAX_ISA

@@ -1,0 +1,240 @@
+// Vectors as wide as the machine's registers, by the extensions that GCC and Clang share.
+//
+// A loop over them is compiled as it is written: no reduction is reordered by the
+// compiler, so none of the licences of -ffast-math is needed.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "problem.h"
+
+namespace normjax::NORMJAX_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+using Floats = Vector<float, kBytes / 4>;
+using Doubles = Vector<double, kBytes / 8>;
+
+// The vector in which a kernel computes: Vec<float>, or in the rare wide path Vec<double>.
+template <class Real>
+using Vec = Vector<Real, kBytes / sizeof(Real)>;
+
+template <class V>
+using Element = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
+template <class V>
+constexpr int kLanes = sizeof(V) / sizeof(Element<V>);
+
+#define NORMJAX_INLINE inline __attribute__((always_inline))
+#define NORMJAX_STEP __attribute__((always_inline))  // of a lambda
+
+template <class V>
+NORMJAX_INLINE V read(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+NORMJAX_INLINE void write(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class To, class From>
+NORMJAX_INLINE To bits_of(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+// Conversions of N numbers in 16 bits, to and from float32. To nearest, ties to even; NaN
+// stays NaN.
+
+template <int N>
+NORMJAX_INLINE Vector<float, N> widened(const Bfloat16* p) {
+  const auto bits = read<Vector<uint16_t, N>>(p);
+  return bits_of<Vector<float, N>>(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
+}
+
+template <int N>
+NORMJAX_INLINE void narrowed(Bfloat16* p, Vector<float, N> v) {
+  const auto bits = bits_of<Vector<uint32_t, N>>(v);
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto quiet = (bits >> 16) | 0x40;
+  write(p, __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, N>));
+}
+
+// Of float16 without instructions for it. No step has a subnormal float32, which XLA's
+// threads flush to zero.
+template <int N>
+NORMJAX_INLINE Vector<float, N> widened(const Float16* p) {
+  using U = Vector<uint32_t, N>;
+  using F = Vector<float, N>;
+#if defined(__F16C__)
+  if constexpr (N == 4) return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  if constexpr (N == 8) return _mm256_cvtph_ps(read<__m128i>(p));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return _mm512_maskz_cvtph_ps(-1, read<__m256i>(p));
+#endif
+  const U bits = __builtin_convertvector(read<Vector<uint16_t, N>>(p), U);
+  const U sign = (bits & 0x8000) << 16;
+  const U size = (bits & 0x7fff) << 13;  // exponent and mantissa at their places
+  const U normal = size + (112u << 23);
+  const U special = size + (224u << 23);  // inf and NaN
+  const F least = F{} + 0x1p-14f;         // below it, the distance from it is exact
+  const F small = bits_of<F>((size & 0x7fffff) | (113u << 23)) - least;
+  const U of_size = size >= (31u << 23) ? special
+                    : size < (1u << 23) ? bits_of<U>(small)
+                                        : normal;
+  return bits_of<F>(of_size | sign);
+}
+
+template <int N>
+NORMJAX_INLINE void narrowed(Float16* p, Vector<float, N> v) {
+  using U = Vector<uint32_t, N>;
+  using F = Vector<float, N>;
+#if defined(__F16C__)
+  if constexpr (N == 4) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(v, 0));
+    return;
+  }
+  if constexpr (N == 8) return write(p, _mm256_cvtps_ph(v, 0));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return write(p, _mm512_maskz_cvtps_ph(-1, v, 0));
+#endif
+  const U bits = bits_of<U>(v);
+  const U size = bits & 0x7fffffff;
+  const U normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  // The spacing of float32 at one half is the least float16.
+  const F half = F{} + 0.5f;
+  const U small = bits_of<U>(bits_of<F>(size) + half) - bits_of<U>(half);
+  const U of_size = size > 0x7f800000   ? U{} + 0x7e00
+                    : size >= 0x477ff000 ? U{} + 0x7c00
+                    : size < 0x38800000  ? small
+                                         : normal;
+  write(p, __builtin_convertvector(of_size | ((bits >> 16) & 0x8000), Vector<uint16_t, N>));
+}
+
+template <int N>
+NORMJAX_INLINE Vector<float, N> widened(const float* p) {
+  return read<Vector<float, N>>(p);
+}
+template <int N>
+NORMJAX_INLINE void narrowed(float* p, Vector<float, N> v) {
+  write(p, v);
+}
+
+// How many lanes of a vector count: all, or the first few at the end of an array.
+struct Whole {};
+struct Part {
+  int count;
+};
+
+template <class V, class T>
+NORMJAX_INLINE V load(const T* p, Whole = {}) {
+  if constexpr (std::is_same_v<T, double>) {
+    return read<V>(p);
+  } else {
+    const auto v = widened<kLanes<V>>(p);
+    if constexpr (std::is_same_v<Element<V>, float>) return v;
+    else return __builtin_convertvector(v, V);
+  }
+}
+
+template <class V, class T>
+NORMJAX_INLINE void store(T* p, V v, Whole = {}) {
+  if constexpr (std::is_same_v<T, Element<V>>) {
+    write(p, v);
+  } else {
+    narrowed<kLanes<V>>(p, __builtin_convertvector(v, Vector<float, kLanes<V>>));
+  }
+}
+
+// Parts, by way of the stack: lanes that do not count are zero.
+template <class V, class T>
+NORMJAX_INLINE V load(const T* p, Part part) {
+  T lanes[kLanes<V>] = {};
+  for (int i = 0; i < part.count; ++i) lanes[i] = p[i];
+  return load<V>(lanes);
+}
+
+template <class V, class T>
+NORMJAX_INLINE void store(T* p, V v, Part part) {
+  T lanes[kLanes<V>];
+  store(lanes, v);
+  for (int i = 0; i < part.count; ++i) p[i] = lanes[i];
+}
+
+template <class T>
+NORMJAX_INLINE float first_of(const T* p) {
+  return load<Vector<float, 4>>(p, Part{1})[0];
+}
+
+// Adds a vector to sums in float64.
+NORMJAX_INLINE void add_wide(double* to, Doubles v) { write(to, read<Doubles>(to) + v); }
+NORMJAX_INLINE void add_wide(double* to, Floats v) {
+  float lanes[kLanes<Floats>];
+  write(lanes, v);
+  add_wide(to, load<Doubles>(lanes));
+  add_wide(to + kLanes<Doubles>, load<Doubles>(lanes + kLanes<Doubles>));
+}
+
+// v, with lanes that do not count replaced by those of another.
+template <class V>
+NORMJAX_INLINE V filled(V v, Whole, V) {
+  return v;
+}
+template <class V>
+NORMJAX_INLINE V filled(V v, Part part, V other) {
+  for (int i = 0; i < kLanes<V>; ++i) v[i] = i < part.count ? v[i] : other[i];
+  return v;
+}
+
+template <int I>
+using Index = std::integral_constant<int, I>;
+
+// Calls step(index, i, lanes) for the vectors of an array of n elements. Index goes round
+// through U numbers known to the compiler: independent sums, one register each.
+template <class V, class Step, int... U>
+NORMJAX_INLINE void sweep(int64_t n, Step step, std::integer_sequence<int, U...>) {
+  constexpr int64_t w = kLanes<V>, stride = w * sizeof...(U);
+  int64_t i = 0;
+  for (; i + stride <= n; i += stride) (step(Index<U>{}, i + U * w, Whole{}), ...);
+  ((i + w <= n ? (step(Index<U>{}, i, Whole{}), i += w) : 0), ...);
+  if (i < n) step(Index<0>{}, i, Part{static_cast<int>(n - i)});
+}
+template <class V, int U, class Step>
+NORMJAX_INLINE void sweep(int64_t n, Step step) {
+  sweep<V>(n, step, std::make_integer_sequence<int, U>());
+}
+
+// The sum of all lanes, in a fixed order.
+template <class V, int U>
+NORMJAX_INLINE double total(const V (&sums)[U]) {
+  V v = sums[0];
+  for (int u = 1; u < U; ++u) v += sums[u];
+  double t = 0;
+  for (int i = 0; i < kLanes<V>; ++i) t += v[i];
+  return t;
+}
+
+}  // namespace normjax::NORMJAX_ISA
