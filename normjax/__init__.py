@@ -16,5 +16,6 @@ from normjax._norms import layer_norm as layer_norm
 from normjax._norms import rms_norm as rms_norm
 from normjax._remat import remat_policy as remat_policy
 from normjax._running import RunningMoments as RunningMoments
+from normjax.kernels.choice import set_implementation as set_implementation
 
 __version__ = "0.1.0"

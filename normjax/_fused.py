@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from normjax import _check, _norms
-from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups, Scalar
+from normjax._types import (
+    ArrayLike,
+    Axes,
+    AxisNames,
+    DTypeLike,
+    Groups,
+    Implementation,
+    Scalar,
+)
 
 
 def total(name: str, x: Any, residual: Any) -> jax.Array:
@@ -40,6 +48,7 @@ def add_layer_norm(
     axis_index_groups: Groups | None = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a residual, and normalizes the sum: a step of a pre-norm transformer.
 
@@ -58,6 +67,7 @@ def add_layer_norm(
       axis_index_groups: as in `layer_norm`.
       dtype: of ``y``; None for that of the sum.
       activation: as in `layer_norm`.
+      implementation: as in `layer_norm`.
 
     Returns:
       y, and the sum, the residual of the next block.
@@ -86,6 +96,7 @@ def add_layer_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
     )
     return y, h
 
@@ -102,6 +113,7 @@ def add_rms_norm(
     axis_index_groups: Groups | None = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a residual, and normalizes the sum: a step of a decoder.
 
@@ -118,6 +130,7 @@ def add_rms_norm(
       axis_index_groups: as in `rms_norm`.
       dtype: of ``y``; None for that of the sum.
       activation: as in `rms_norm`.
+      implementation: as in `rms_norm`.
 
     Returns:
       y, and the sum, the residual of the next block.
@@ -146,5 +159,6 @@ def add_rms_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
     )
     return y, h

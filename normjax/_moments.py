@@ -267,6 +267,12 @@ def rstd_of(var: jax.Array, epsilon: Any) -> jax.Array:
     return lax.rsqrt(lax.add(lax.abs(var), lax.max(floored, tiny)))
 
 
+def var_of_values(var: jax.Array) -> jax.Array:
+    """The variance, as `unit_of` says, of the values: inf where it can't be held."""
+    beyond = times_square(lax.neg(var), inverse(unit_of(var)))
+    return selected(below_zero(var), beyond, var)
+
+
 def opened(m: Moments, var: jax.Array | None = None) -> Moments:
     """Moments for users: a variance that the dtype cannot hold is inf.
 
@@ -274,8 +280,7 @@ def opened(m: Moments, var: jax.Array | None = None) -> Moments:
     so that `closed` finds it again. ``var`` is the one for users, where it is known.
     """
     if var is None:
-        beyond = times_square(lax.neg(m.var), inverse(unit_of(m.var)))
-        var = selected(below_zero(m.var), beyond, m.var)
+        var = var_of_values(m.var)
     var_rest = selected(is_inf(var), lax.neg(m.var), m.var_rest)
     return dataclasses.replace(m, var=var, var_rest=var_rest)
 

@@ -6,10 +6,12 @@ and its derivative.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -29,9 +31,19 @@ from normjax._measure import (
     tangents_of,
     var_dots,
 )
-from normjax._moments import Moments, closed, opened, rstd_of, unit_of, var_in
+from normjax._moments import (
+    Moments,
+    closed,
+    opened,
+    rstd_of,
+    unit_of,
+    var_in,
+    var_of_values,
+)
 from normjax._numbers import added, by_parts, counted, own, product, widened
 from normjax._types import ArrayLike, Axes, DTypeLike, Scalar
+from normjax.kernels import choice, library
+from normjax.kernels.operation import Native, Operation, spread
 
 # The name of the moments that a norm keeps for its backward pass. A policy of
 # jax.checkpoint that saves them has no sum to take again, and nothing to send again
@@ -109,6 +121,165 @@ def _standardize_jvp(r, epsilon, dtype, primals, tangents):
 _standardize.defjvp(_standardize_jvp, symbolic_zeros=True)
 
 
+class How(NamedTuple):
+    """How the operations of a norm run; static.
+
+    Attributes:
+      r: over what the moments are taken, on one device.
+      epsilon: added to the variance.
+      dtype: of y.
+      implementation: None, "xla" or "native".
+    """
+
+    r: Reduction
+    epsilon: float
+    dtype: Any
+    implementation: str | None
+
+    def batched(self) -> "How":
+        """How, for operands with one axis more, the first."""
+        axes, group_axes = (
+            tuple(a + 1 for a in of) for of in (self.r.axes, self.r.group_axes)
+        )
+        return self._replace(r=self.r._replace(axes=axes, group_axes=group_axes))
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        """How many values of x each moment is of."""
+        in_group = math.prod(shape[a] for a in self.r.group_axes)
+        in_group //= self.r.num_groups or 1
+        return in_group * math.prod(shape[a] for a in self.r.axes)
+
+    def results(self, x: Any) -> list:
+        """Shapes and dtypes of y, the mean, its rest, and the variance twice."""
+        shape = tuple(1 if a in self.r.axes else n for a, n in enumerate(x.shape))
+        return [(x.shape, self.dtype), *[(shape, jnp.float32)] * 4]
+
+
+def _forward_body(how: How, x, scale, bias):
+    m, var = measured(x, None, how.r, jnp.float32)
+    y = _apply(x, m, scale, bias, None, how.epsilon, how.r.centered, how.dtype)
+    return y, m.mean, m.rest, m.var, var
+
+
+def _forward_native(how: How, x, scale, bias):
+    y, mean, rest, held = library.forward(how, x, scale, bias)
+    return y, mean, rest, held, var_of_values(held)
+
+
+def _again_body(how: How, x, scale, bias, mean, rest, held):
+    m = Kept(held, mean, rest, held)
+    return (_apply(x, m, scale, bias, None, how.epsilon, how.r.centered, how.dtype),)
+
+
+def _tangent_body(how: How, x, scale, bias, mean, rest, var, *dots):
+    m = Kept(jnp.full_like(var, how.count(x.shape)), mean, rest, var)
+    dots = _tangent(how.r, how.epsilon, how.dtype, x, scale, bias, None, m, *dots, None)
+    y_dot, mean_dot, *_, var_dot, held_dot = dots
+    return y_dot, mean_dot, jnp.zeros_like(rest), held_dot, var_dot
+
+
+def _cotangent_body(how: How, *operands):
+    # The barrier keeps XLA from sharing, and so storing, what forward and backward
+    # both compute.
+    *given, y_ct, mean_ct, rest_ct, held_ct, var_ct = lax.optimization_barrier(operands)
+    cts = (y_ct, mean_ct, rest_ct, held_ct, var_ct)
+
+    def tangent(*dots):
+        results = _tangent_body(how, *given, *dots)
+        return [dot for dot, ct in zip(results, cts, strict=True) if ct is not None]
+
+    back = jax.linear_transpose(tangent, *given[:3])
+    return [a for a in back([ct for ct in cts if ct is not None]) if a is not None]
+
+
+_forward = Operation(
+    "norm",
+    _forward_body,
+    lambda how, x, *_: how.results(x),
+    Native(library.why_not, _forward_native),
+    parameters=(1, 2),
+)
+_tangents = Operation(
+    "norm_tangent",
+    _tangent_body,
+    lambda how, x, *_: how.results(x),
+    parameters=(1, 2, 7, 8),
+)
+_cotangents = Operation(
+    "norm_cotangent",
+    _cotangent_body,
+    lambda how, *of: [(a.shape, a.dtype) for a in of[:3] if a is not None],
+    Native(library.why_not_backward, library.backward),
+)
+
+
+_again = Operation(
+    "norm_again",
+    _again_body,
+    lambda how, x, *_: how.results(x)[:1],
+    parameters=(1, 2),
+)
+_forward.recomputation(MOMENTS, 3, _again)
+
+
+@_forward.derivative
+def _(how, operands, tangents):
+    results = _forward(how, *operands)
+    _, *moments, _ = results
+    return results, _tangents(how, *operands, *moments, *tangents)
+
+
+@_tangents.transposition
+def _(how, operands, cts):
+    *given, _, _, _ = operands
+    if all(ct is None for ct in cts):
+        cts = [jnp.zeros(given[0].shape, how.dtype), *cts[1:]]
+    there = [a is not None for a in given[:3]]
+    return [*[None] * 6, *spread(_cotangents(how, *given, *cts), there)]
+
+
+@_cotangents.transposition
+def _(how, operands, cts):
+    given = operands[:6]
+    dots = iter(cts)
+    dots = (
+        None if a is None else _or_zeros(next(dots), a) for a in given[:3]
+    )
+    return [*[None] * 6, *_tangents(how, *given, *dots)]
+
+
+def _or_zeros(a: jax.Array | None, like: jax.Array) -> jax.Array:
+    return jnp.zeros_like(like) if a is None else a
+
+
+def _why_no_form(x, scale, bias, where, r: Reduction, dtype) -> str | None:
+    """Why the operations are not for these operands, or None where they are."""
+    operands = [a for a in (x, scale, bias) if a is not None]
+    if where is not None:
+        return "a mask or weights"
+    if r.names:
+        return "moments synced over named axes"
+    if any(map(jnp.iscomplexobj, operands)):
+        return "complex numbers"
+    if _numbers.statistics_dtype(x, dtype) != jnp.float32:
+        return "statistics beyond float32"
+    if not all(isinstance(n, int) for n in x.shape) or x.size == 0:
+        return f"x.shape={x.shape}"
+    if any(any(_axes.lies_over(a)) for a in operands):
+        return "arrays that lie over an explicit mesh"
+    return None
+
+
+def _by_operations(x, scale, bias, r, epsilon, dtype, implementation):
+    """`_standardize` by operations that have a form for each machine."""
+    how = How(r, epsilon, jnp.dtype(dtype), implementation)
+    y, mean, rest, held, var = _forward(how, x, scale, bias)
+    n = how.count(x.shape)
+    count = jnp.full(mean.shape, n, jnp.float32)
+    carry = jnp.full(mean.shape, n - int(np.float32(n)), jnp.float32)
+    return y, opened(Moments(count, mean, held, carry, rest, squares=count), var)
+
+
 class View(NamedTuple):
     """How x is laid out before it is normalized.
 
@@ -148,8 +319,10 @@ def _viewed(norm, x, scale, bias, where, view: View):
     return y.reshape(shape), m
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), inline=True)
-def standardize(x, scale, bias, where, r, epsilon, dtype, view: View):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8), inline=True)
+def standardize(
+    x, scale, bias, where, r, epsilon, dtype, view: View, implementation
+):
     """`_standardize` in a view.
 
     Compiled, so that a call outside of jit is one program; inlined, so that a call
@@ -158,6 +331,11 @@ def standardize(x, scale, bias, where, r, epsilon, dtype, view: View):
     """
 
     def norm(x, scale, bias, where):
+        why_not = _why_no_form(x, scale, bias, where, r, dtype)
+        if why_not is None:
+            return _by_operations(x, scale, bias, r, epsilon, dtype, implementation)
+        if implementation == "native":
+            raise choice.refused(implementation, why_not)
         return _standardize(x, scale, bias, where, r, epsilon, dtype)
 
     return _viewed(norm, x, scale, bias, where, view)

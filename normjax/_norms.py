@@ -15,7 +15,16 @@ from normjax._normalize import (
     standardize,
     standardize_traced,
 )
-from normjax._types import ArrayLike, Axes, AxisNames, DTypeLike, Groups, Scalar
+from normjax._types import (
+    ArrayLike,
+    Axes,
+    AxisNames,
+    DTypeLike,
+    Groups,
+    Implementation,
+    Scalar,
+)
+from normjax.kernels import choice
 
 
 def _computed_again(norm: Callable) -> Callable:
@@ -37,7 +46,19 @@ def _activated(name: str, norm: Callable, activation: Callable | None) -> Callab
 
 
 def _norm(
-    name, x, scale, bias, along, r, *, epsilon, where, dtype, activation, view=None
+    name,
+    x,
+    scale,
+    bias,
+    along,
+    r,
+    *,
+    epsilon,
+    where,
+    dtype,
+    activation,
+    implementation,
+    view=None,
 ):
     """Checks what all norms have in common, and standardizes.
 
@@ -49,6 +70,7 @@ def _norm(
     operands = {"x": x, "scale": scale, "bias": bias}
     dtype = _check.output_dtype(name, dtype, operands)
     epsilon = _check.epsilon(name, epsilon, _numbers.statistics_dtype(x, dtype))
+    implementation = choice.chosen(name, implementation)
     view = view or View()
     # XLA of jax 0.10 on a CPU sums several times slower past an axis of size 1. One
     # that lies over an explicit mesh stays: its gradient would not lie there again.
@@ -71,12 +93,16 @@ def _norm(
     view = view._replace(units=units)
 
     def norm(where, x, scale, bias):
-        return standardize(x, scale, bias, where, r, epsilon, dtype, view)
+        return standardize(
+            x, scale, bias, where, r, epsilon, dtype, view, implementation
+        )
 
     def traced(where, x, scale, bias):
         return standardize_traced(x, scale, bias, where, epsilon, r, dtype, view)
 
     if not _check.is_concrete(epsilon):
+        if implementation == "native":
+            raise choice.refused(implementation, "a traced epsilon")
         norm = _computed_again(traced)
     return _activated(name, norm, activation)(where, x, scale, bias)
 
@@ -95,6 +121,7 @@ def batch_norm(
     axis_index_groups: Groups | None = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes each feature over the batch and space.
 
@@ -126,6 +153,9 @@ def batch_norm(
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
       activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
         applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `set_implementation`. Ignored if
+        ``moments`` are given.
 
     Returns:
       y, of the shape of ``x``, and the `Moments` of what normalized it, ``[C]``.
@@ -168,7 +198,12 @@ def batch_norm(
 
         where = _check.where(name, where, x.shape)
         return _activated(name, given, activation)(where, x, scale, bias)
-    common = {"epsilon": epsilon, "dtype": dtype, "activation": activation}
+    common = {
+        "epsilon": epsilon,
+        "dtype": dtype,
+        "activation": activation,
+        "implementation": implementation,
+    }
     r = Reduction(_axes.others(along, x.ndim), names=names, groups=groups)
     if virtual_batch_size is not None:
         return _ghosts(
@@ -230,6 +265,7 @@ def layer_norm(
     axis_index_groups: Groups | None = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Normalizes each sample over its features.
 
@@ -253,6 +289,8 @@ def layer_norm(
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
       activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
         applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `set_implementation`.
 
     Returns:
       y, of the shape of ``x``.
@@ -280,6 +318,7 @@ def layer_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
     )
 
 
@@ -305,6 +344,7 @@ def rms_norm(
     axis_index_groups: Groups | None = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Divides each sample by the root of the mean square of its features.
 
@@ -327,6 +367,8 @@ def rms_norm(
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
       activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
         applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `set_implementation`.
 
     Returns:
       y, of the shape of ``x``.
@@ -355,6 +397,7 @@ def rms_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
     )
 
 
@@ -372,6 +415,7 @@ def group_norm(
     axis_index_groups: Groups | None = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Normalizes each sample over space and over groups of its features.
 
@@ -399,6 +443,8 @@ def group_norm(
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
       activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
         applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `set_implementation`.
 
     Returns:
       y, of the shape of ``x``.
@@ -434,6 +480,7 @@ def group_norm(
         where=where,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
     )[0]
 
 
@@ -450,6 +497,7 @@ def instance_norm(
     axis_index_groups: Groups | None = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Normalizes each feature of each sample over space.
 
@@ -475,6 +523,8 @@ def instance_norm(
       dtype: of ``y``; None for that of ``x``. Statistics are at least float32 always.
       activation: applied to ``y``, element by element, ``jax.nn.silu``, say. What it is
         applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `set_implementation`.
 
     Returns:
       y, of the shape of ``x``.
@@ -508,4 +558,5 @@ def instance_norm(
         where=where,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
     )[0]

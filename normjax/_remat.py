@@ -5,13 +5,14 @@ from typing import Any
 from normjax._normalize import MOMENTS
 
 # Operations on single elements, and of shape: XLA makes them part of what uses them.
-# One that a later JAX adds is kept until it stands here.
+# One that a later JAX adds is kept until it stands here. From its moments, which are
+# kept, a norm is one, too.
 _CHEAP = frozenset(
     """
     abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp complex
     concatenate conj convert_element_type copy cos div eq erf exp exp2 expand_dims expm1
     floor ge gt imag integer_pow iota is_finite le log log1p logistic lt max min mul ne
-    neg not one_minus_square optimization_barrier or pad pow real reduce_precision rem
+    neg norm not one_minus_square optimization_barrier or pad pow real reduce_precision rem
     reshape rev round rsqrt select_n sign sin slice split sqrt square squeeze
     stop_gradient sub tanh transpose xor
     """.split()

@@ -1,7 +1,7 @@
 """Types of arguments, for the signatures."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 
@@ -32,3 +32,5 @@ Axes = int | Sequence[int]
 # Device axes, one or several, and lists of device numbers along them.
 AxisNames = str | Sequence[str]
 Groups = Sequence[Sequence[int]]
+# Forms of an operation that a call may ask for by name.
+Implementation = Literal["xla", "native"]

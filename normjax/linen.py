@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.typing import Axes, Dtype, Initializer
 
 from normjax import _axes, _check, _fused, _module, _norms, _trees
-from normjax._types import ArrayLike, AxisNames, Groups, Scalar
+from normjax._types import ArrayLike, AxisNames, Groups, Implementation, Scalar
 
 __all__ = [
     "AddLayerNorm",
@@ -55,6 +55,7 @@ def _arguments(module: nn.Module, x: Any, axes: tuple[int, ...], mask: Any) -> d
         "where": _module.flax_mask(name, mask, x.shape, module.mask_is_weight),
         "dtype": dtype,
         "activation": module.activation,
+        "implementation": module.implementation,
         **_module.devices(module, module.is_initializing()),
     }
 
@@ -130,6 +131,8 @@ class BatchNorm(nn.Module):
       skip_nonfinite: whether to leave out, channel by channel, an update of the running
         statistics that is infinite or NaN, and to count it in ``batch_stats/skipped``,
         which this adds. Otherwise one such batch ruins them for good, as in Flax.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -165,6 +168,7 @@ class BatchNorm(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None
     virtual_batch_size: int | None = None
     skip_nonfinite: bool = False
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(
@@ -244,6 +248,8 @@ class LayerNorm(nn.Module):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -270,6 +276,7 @@ class LayerNorm(nn.Module):
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -355,6 +362,8 @@ class RMSNorm(nn.Module):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -379,6 +388,7 @@ class RMSNorm(nn.Module):
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -468,6 +478,8 @@ class GroupNorm(nn.Module):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -495,6 +507,7 @@ class GroupNorm(nn.Module):
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -547,6 +560,8 @@ class InstanceNorm(nn.Module):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -573,6 +588,7 @@ class InstanceNorm(nn.Module):
     missing_axis: Literal["raise", "ignore"] = "raise"
     mask_is_weight: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:

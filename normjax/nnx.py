@@ -18,7 +18,7 @@ from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 
 from normjax import _axes, _check, _fused, _module, _norms, _trees
-from normjax._types import ArrayLike, AxisNames, Groups, Scalar
+from normjax._types import ArrayLike, AxisNames, Groups, Implementation, Scalar
 
 __all__ = [
     "AddLayerNorm",
@@ -53,6 +53,7 @@ class _Norm(nnx.Module):
     missing_axis: str
     mask_is_weight: bool
     activation: Callable[[jax.Array], jax.Array] | None
+    implementation: str | None
 
     def _create(
         self, *, num_features: int, rngs: nnx.Rngs, param_dtype: Dtype, **fields: Any
@@ -117,6 +118,7 @@ class _Norm(nnx.Module):
             "where": _module.flax_mask(name, mask, x.shape, self.mask_is_weight),
             "dtype": y.dtype,
             "activation": self.activation,
+            "implementation": self.implementation,
             **_module.devices(self),
         }
 
@@ -186,6 +188,8 @@ class BatchNorm(_Norm):
       skip_nonfinite: whether to leave out, channel by channel, an update of the running
         statistics that is infinite or NaN, and to count it in the state ``skipped``,
         which this adds. Otherwise one such batch ruins them for good, as in Flax.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -242,6 +246,7 @@ class BatchNorm(_Norm):
         activation: Callable[[jax.Array], jax.Array] | None = None,
         virtual_batch_size: int | None = None,
         skip_nonfinite: bool = False,
+        implementation: Implementation | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
@@ -371,6 +376,8 @@ class LayerNorm(_Norm):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -408,6 +415,7 @@ class LayerNorm(_Norm):
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        implementation: Implementation | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
@@ -495,6 +503,8 @@ class RMSNorm(_Norm):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -528,6 +538,7 @@ class RMSNorm(_Norm):
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        implementation: Implementation | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 
@@ -620,6 +631,8 @@ class GroupNorm(_Norm):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -731,6 +744,8 @@ class InstanceNorm(_Norm):
         instead of being read as boolean.
       activation: applied to the output, element by element, ``jax.nn.silu``, say. What
         it is applied to is not kept for the backward pass, but computed again.
+      implementation: "xla", or "native", kernels for CPUs; a name that can't serve
+        raises. If None, what serves best: see `normjax.set_implementation`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -768,6 +783,7 @@ class InstanceNorm(_Norm):
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        implementation: Implementation | None = None,
     ):
         self._create(**{k: v for k, v in locals().items() if k != "self"})
 

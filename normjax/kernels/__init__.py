@@ -1,0 +1,1 @@
+"""Operations with a form for each machine, chosen when a program is lowered."""

@@ -1,0 +1,133 @@
+"""The native library of kernels for a CPU: where it is, whether it serves, its calls."""
+
+import ctypes
+import functools
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normjax.kernels import canonical
+
+_FOLDER = pathlib.Path(__file__).parent / "native"
+_LIBRARY = _FOLDER / "libnormjax.so"
+_UNBUILT = _FOLDER / "unbuilt.txt"
+_TARGETS = ("normjax_forward", "normjax_backward")
+_DTYPES = ("float32", "bfloat16", "float16")
+# Without one, an operand that is None.
+_NONE = (0,)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no native library in this process, or None where there is one.
+
+    One that is there and does not load is reported once, as a warning.
+    """
+    if not _LIBRARY.exists():
+        if _UNBUILT.exists():
+            return f"it was not built: {_UNBUILT.read_text().strip()}"
+        return "it was not built"
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+        for target in _TARGETS:
+            handler = jax.ffi.pycapsule(getattr(library, target))
+            jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    except Exception as e:
+        reason = f"it does not load: {e}"
+        warnings.warn(
+            f"normjax: the native library is not used, since {reason}. XLA's form is"
+            " used instead. Install normjax again to build the library for this"
+            " machine.",
+            RuntimeWarning,
+        )
+        return reason
+    return None
+
+
+def form_of(how: Any, x: Any, scale: Any, bias: Any) -> canonical.Form | None:
+    """The canonical form of x and its parameters, or None."""
+    r = how.r
+    parameters = [a.shape for a in (scale, bias) if a is not None]
+    return canonical.of(x.shape, r.axes, r.group_axes, r.num_groups, parameters)
+
+
+def why_not(how: Any, x: Any, scale: Any, bias: Any, *others: Any) -> str | None:
+    """Why the library does not serve operands, or None where it does."""
+    if (reason := missing()) is not None:
+        return f"normjax's native library is missing: {reason}"
+    operands = [a for a in (x, scale, bias, *others) if a is not None]
+    strange = {str(a.dtype) for a in operands if str(a.dtype) not in _DTYPES}
+    if strange or str(how.dtype) not in _DTYPES:
+        strange = strange or {str(how.dtype)}
+        return f"kernels are for {', '.join(_DTYPES)}, not for {', '.join(strange)}"
+    if not all(isinstance(n, int) for a in operands for n in a.shape):
+        return "shapes are not known"
+    if form_of(how, x, scale, bias) is None:
+        return f"x of shape {x.shape} would have to be transposed"
+    return None
+
+
+def why_not_backward(how: Any, *operands: Any) -> str | None:
+    """`why_not`, of a backward pass: no moment may have a cotangent."""
+    *operands, y_ct, mean_ct, rest_ct, held_ct, var_ct = operands
+    if y_ct is None or any(
+        a is not None for a in (mean_ct, rest_ct, held_ct, var_ct)
+    ):
+        return "moments have cotangents"
+    return why_not(how, *operands, y_ct)
+
+
+def forward(how: Any, x, scale, bias) -> tuple:
+    """y, and mean, rest and variance as they broadcast against x."""
+    form = form_of(how, x, scale, bias)
+    n, _, g, _ = form.shape
+    of_moments = jax.ShapeDtypeStruct((n, g), jnp.float32)
+    call = jax.ffi.ffi_call(
+        "normjax_forward",
+        (jax.ShapeDtypeStruct(form.shape, how.dtype), *[of_moments] * 3),
+    )
+    y, *moments = call(
+        form.x(x),
+        _parameters(form, scale),
+        _parameters(form, bias),
+        epsilon=np.float64(how.epsilon),
+        centered=np.bool_(how.r.centered),
+    )
+    _, (shape, _), *_ = how.results(x)
+    return y.reshape(x.shape), *(form.from_moments(m, shape) for m in moments)
+
+
+def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *_) -> list:
+    """The cotangents of x, and of scale and bias where they are there."""
+    form = form_of(how, x, scale, bias)
+    _, _, g, k = form.shape
+    shapes = [
+        _NONE if a is None else (form.parameters, g, k) for a in (scale, bias)
+    ]
+    call = jax.ffi.ffi_call(
+        "normjax_backward",
+        (
+            jax.ShapeDtypeStruct(form.shape, x.dtype),
+            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        ),
+    )
+    dx, *of_parameters = call(
+        form.x(x),
+        _parameters(form, scale),
+        *(form.moments(m) for m in (mean, rest, var)),
+        form.x(y_ct),
+        epsilon=np.float64(how.epsilon),
+        centered=np.bool_(how.r.centered),
+        has_bias=np.bool_(bias is not None),
+    )
+    of = zip(of_parameters, (scale, bias), strict=True)
+    cotangents = [form.from_parameters(ct, a) for ct, a in of if a is not None]
+    return [dx.reshape(x.shape), *cotangents]
+
+
+def _parameters(form: canonical.Form, a: jax.Array | None) -> jax.Array:
+    return jnp.zeros(_NONE, jnp.float32) if a is None else form.of_parameters(a)
