@@ -672,6 +672,7 @@ class GroupNorm(_Norm):
         missing_axis: Literal["raise", "ignore"] = "raise",
         mask_is_weight: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        implementation: Implementation | None = None,
     ):
         _module.check_fields("GroupNorm", {"num_features": num_features})
         num_groups = _module.flax_groups(num_groups, group_size, (num_features,))

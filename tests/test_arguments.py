@@ -125,6 +125,7 @@ COMMON = {
     "axis_index_groups": None,
     "dtype": None,
     "activation": None,
+    "implementation": None,
     "epsilon": 1e-5,
 }
 AFFINE = {"scale": TWO, "bias": TWO}
@@ -514,6 +515,7 @@ BAD_FIELDS = {
     "dtype": ["float99", jnp.int32, 3],
     "num_features": [None, "4", 4.0, -1, True, (4,)],
     "group_size": ["2", 0, 1.5, 3],
+    "implementation": ["cuda", 3, ["xla"]],
     "scale_metadata": [None, 3],
     "bias_metadata": [None, 3],
 }
@@ -525,6 +527,7 @@ OFF = {
     "axis_index_groups": None,
     "axis_name": None,
     "debias": False,
+    "implementation": None,
     "mask_is_weight": False,
     "missing_axis": "raise",
     "running_variance": "biased",

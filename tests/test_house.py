@@ -18,6 +18,11 @@ PACKAGE = pathlib.Path(normjax.__file__).parent
 ORDER = {
     "_check": 0,
     "_types": 0,
+    "kernels": 0,
+    "kernels.canonical": 0,
+    "kernels.choice": 1,
+    "kernels.library": 1,
+    "kernels.operation": 2,
     "_axes": 1,
     "_trees": 1,
     "_numbers": 2,
@@ -142,6 +147,7 @@ def test_public_names_are_those_of_the_design():
         "normalize",
         "remat_policy",
         "rms_norm",
+        "set_implementation",
     }
     modules = {"BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"}
     modules |= {"AddLayerNorm", "AddRMSNorm"}

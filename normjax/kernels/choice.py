@@ -44,7 +44,9 @@ def chosen(name: str, implementation: Any) -> str | None:
 
 
 def _named(name: str, implementation: Any) -> str | None:
-    if implementation is None or implementation in NAMES:
+    if implementation is None or (
+        isinstance(implementation, str) and implementation in NAMES
+    ):
         return implementation
     raise _check.error(
         ValueError,
