@@ -1,13 +1,18 @@
-"""The command line: ``python -m normjax doctor`` and ``inspect``, of a checkpoint."""
+"""The command line: ``python -m normjax doctor`` and ``inspect`` of a checkpoint, and
+``env``, what this installation has.
+"""
 
 import argparse
+import importlib.metadata
 import json
 import math
+import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from normjax import _check, tools
+from normjax.kernels import library
 from normjax.tools import checkpoints
 from normjax.tools.tables import rich_table
 
@@ -26,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_inspect(commands)
+    _add_env(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -79,6 +85,22 @@ def _inspect(args: argparse.Namespace) -> int:
         console(width=max(console().width, wide.measure(table).maximum)).print(table)
     if args.plot:
         tools.plot_table(rows, path=args.plot)
+    return 0
+
+
+def _add_env(commands: Any) -> None:
+    words = "prints versions, and whether there are native kernels, and if not, why"
+    parser = commands.add_parser("env", help=words, description=words)
+    parser.set_defaults(run=_env)
+
+
+def _env(args: argparse.Namespace) -> int:
+    for package in ("normjax", "jax", "jaxlib", "flax", "optax"):
+        print(f"{package:16} {importlib.metadata.version(package)}")
+    print(f"{'python':16} {platform.python_version()}, {platform.machine()}")
+    missing = library.missing()
+    has = "there" if missing is None else f"missing: {_printable(missing)}"
+    print(f"{'native kernels':16} {has}")
     return 0
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -149,14 +148,18 @@ class How(NamedTuple):
         in_group //= self.r.num_groups or 1
         return in_group * math.prod(shape[a] for a in self.r.axes)
 
+    def statistics_dtype(self, x: Any) -> Any:
+        """The dtype of the moments of x."""
+        return _numbers.statistics_dtype(x, self.dtype)
+
     def results(self, x: Any) -> list:
         """Shapes and dtypes of y, the mean, its rest, and the variance twice."""
         shape = tuple(1 if a in self.r.axes else n for a, n in enumerate(x.shape))
-        return [(x.shape, self.dtype), *[(shape, jnp.float32)] * 4]
+        return [(x.shape, self.dtype), *[(shape, self.statistics_dtype(x))] * 4]
 
 
 def _forward_body(how: How, x, scale, bias):
-    m, var = measured(x, None, how.r, jnp.float32)
+    m, var = measured(x, None, how.r, how.statistics_dtype(x))
     y = _apply(x, m, scale, bias, None, how.epsilon, how.r.centered, how.dtype)
     return y, m.mean, m.rest, m.var, var
 
@@ -234,6 +237,10 @@ def _(how, operands, cts):
     *given, _, _, _ = operands
     if all(ct is None for ct in cts):
         cts = [jnp.zeros(given[0].shape, how.dtype), *cts[1:]]
+    _, *of_moments = cts
+    if how.implementation == "native" and any(ct is not None for ct in of_moments):
+        # Kernels have no such cotangents, and no call has asked for them by name.
+        how = how._replace(implementation=None)
     there = [a is not None for a in given[:3]]
     return [*[None] * 6, *spread(_cotangents(how, *given, *cts), there)]
 
@@ -252,7 +259,7 @@ def _or_zeros(a: jax.Array | None, like: jax.Array) -> jax.Array:
     return jnp.zeros_like(like) if a is None else a
 
 
-def _why_no_form(x, scale, bias, where, r: Reduction, dtype) -> str | None:
+def _why_no_form(x, scale, bias, where, r: Reduction) -> str | None:
     """Why the operations are not for these operands, or None where they are."""
     operands = [a for a in (x, scale, bias) if a is not None]
     if where is not None:
@@ -261,8 +268,6 @@ def _why_no_form(x, scale, bias, where, r: Reduction, dtype) -> str | None:
         return "moments synced over named axes"
     if any(map(jnp.iscomplexobj, operands)):
         return "complex numbers"
-    if _numbers.statistics_dtype(x, dtype) != jnp.float32:
-        return "statistics beyond float32"
     if not all(isinstance(n, int) for n in x.shape) or x.size == 0:
         return f"x.shape={x.shape}"
     if any(any(_axes.lies_over(a)) for a in operands):
@@ -274,9 +279,9 @@ def _by_operations(x, scale, bias, r, epsilon, dtype, implementation):
     """`_standardize` by operations that have a form for each machine."""
     how = How(r, epsilon, jnp.dtype(dtype), implementation)
     y, mean, rest, held, var = _forward(how, x, scale, bias)
-    n = how.count(x.shape)
-    count = jnp.full(mean.shape, n, jnp.float32)
-    carry = jnp.full(mean.shape, n - int(np.float32(n)), jnp.float32)
+    n, dtype = how.count(x.shape), mean.dtype
+    count = jnp.full(mean.shape, n, dtype)
+    carry = jnp.full(mean.shape, n - int(dtype.type(n)), dtype)
     return y, opened(Moments(count, mean, held, carry, rest, squares=count), var)
 
 
@@ -331,7 +336,7 @@ def standardize(
     """
 
     def norm(x, scale, bias, where):
-        why_not = _why_no_form(x, scale, bias, where, r, dtype)
+        why_not = _why_no_form(x, scale, bias, where, r)
         if why_not is None:
             return _by_operations(x, scale, bias, r, epsilon, dtype, implementation)
         if implementation == "native":

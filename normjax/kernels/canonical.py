@@ -98,9 +98,10 @@ def of(
         has = [a for a in middle if lies[a]]
         first = middle.index(has[0]) if has else (0 if not parameters else len(middle))
         middle, tail = middle[:first], middle[first:]
-        if not tail and not middle:
-            # Every value is alone in its reduction.
-            n, last = [], n
+        if not middle and not tail:
+            # Each value is alone in its reduction: what has parameters is G.
+            first = next((i for i, a in enumerate(n) if lies[a]), len(n))
+            n, last = n[:first], n[first:]
     size = {
         name: math.prod(shape[a] for a in group)
         for name, group in (("n", n), ("s", middle), ("g", last), ("k", tail))

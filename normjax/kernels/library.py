@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import pathlib
 import warnings
 from typing import Any
@@ -32,6 +33,7 @@ def missing() -> str | None:
             return f"it was not built: {_UNBUILT.read_text().strip()}"
         return "it was not built"
     try:
+        _check_whole(_LIBRARY)
         library = ctypes.CDLL(str(_LIBRARY))
         for target in _TARGETS:
             handler = jax.ffi.pycapsule(getattr(library, target))
@@ -46,6 +48,17 @@ def missing() -> str | None:
         )
         return reason
     return None
+
+
+def _check_whole(path: pathlib.Path) -> None:
+    """Refuses a library that is not the one that was built, cut short, say.
+
+    The system's loader would end the process.
+    """
+    built = path.with_suffix(".sha256").read_text().strip()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != built:
+        raise ValueError(f"{path} is not the file that was built, and may be damaged")
 
 
 def form_of(how: Any, x: Any, scale: Any, bias: Any) -> canonical.Form | None:

@@ -258,8 +258,7 @@ def _why_not_here(ctx: Any) -> str | None:
     devices. And the program must be for this process, not for export.
     """
     module = ctx.module_context
-    platforms = ctx.platforms or module.platforms
-    if len(platforms) > 1:
+    if len(module.platforms) > 1:
         return "the program is lowered for several platforms"
     if module.lowering_parameters.for_export:
         return "the program is exported"
