@@ -228,13 +228,17 @@ NORMJAX_INLINE void sweep(int64_t n, Step step) {
 }
 
 // The sum of all lanes, in a fixed order.
+template <class V>
+NORMJAX_INLINE double total(V v) {
+  double t = 0;
+  for (int i = 0; i < kLanes<V>; ++i) t += v[i];
+  return t;
+}
 template <class V, int U>
 NORMJAX_INLINE double total(const V (&sums)[U]) {
   V v = sums[0];
   for (int u = 1; u < U; ++u) v += sums[u];
-  double t = 0;
-  for (int i = 0; i < kLanes<V>; ++i) t += v[i];
-  return t;
+  return total(v);
 }
 
 }  // namespace normjax::NORMJAX_ISA

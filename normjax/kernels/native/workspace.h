@@ -26,16 +26,42 @@ class Memory {
   T* data_ = nullptr;
 };
 
-// Calls what(T()) with the C++ type of an array's elements.
+// What what(T()) returns, with the C++ type of an array's elements; of two arrays, what
+// what(T(), U()) does. Only the loops over elements know their types: see `At`.
 template <class What>
-bool with_type(Type type, What what) {
+auto of_type(Type type, What what) {
   switch (type) {
-    case Type::kFloat32: return what(float());
     case Type::kBfloat16: return what(Bfloat16());
     case Type::kFloat16: return what(Float16());
+    default: return what(float());
   }
-  return false;
 }
+template <class What>
+auto of_types(Type first, Type second, What what) {
+  return of_type(first, [=](auto t) {
+    return of_type(second, [=](auto u) { return what(t, u); });
+  });
+}
+
+// A place in an array of any type.
+struct At {
+  char* data;
+  Type type;
+
+  explicit At(const Array& a) : data(static_cast<char*>(a.data)), type(a.type) {}
+  At operator+(int64_t elements) const {
+    At to = *this;
+    to.data += elements * (type == Type::kFloat32 ? 4 : 2);
+    return to;
+  }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+  double first() const {
+    return of_type(type, [&](auto t) { return first_of(as<decltype(t)>()); });
+  }
+};
 
 // A parameter in float32: as it lies there, or converted, or where there is none,
 // `absent`.
@@ -48,12 +74,11 @@ class Parameter {
     } else if (own_.data() && !of.data) {
       for (int64_t i = 0; i < count; ++i) own_.data()[i] = absent;
     } else if (own_.data()) {
-      with_type(of.type, [&](auto t) {
+      of_type(of.type, [&](auto t) {
         const auto* p = static_cast<const decltype(t)*>(of.data);
         sweep<Floats, 1>(count, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
           store(own_.data() + i, load<Floats>(p + i, lanes), lanes);
         });
-        return true;
       });
     }
   }
