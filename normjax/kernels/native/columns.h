@@ -234,7 +234,7 @@ class ForwardColumns {
       for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
         const double by = s.rstd * scale_[row + c];
         mean[c] = s.mean_in<Real>(), factor[c] = by;
-        term[c] = bias_[row + c] - s.rest_in<Real>() * by;
+        term[c] = bias_[row + c] - part(s.rest_in<Real>(), by);
         is_plain = is_plain && std::fabs(by) < 0x1p100;
       }
     }
@@ -428,8 +428,8 @@ class BackwardColumns {
       const Standard s = standard(sample, g);
       for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
         const double of_dy = state.of_channel(slab_, 1, c);
-        const double products = state.of_channel(slab_, 0, c) - s.rest_in<Real>() * of_dy;
-        dscale[c] += state.total(0)[c] = s.rstd * products;
+        const double rest = part(s.rest_in<Real>(), of_dy);
+        dscale[c] += state.total(0)[c] = s.rstd * (state.of_channel(slab_, 0, c) - rest);
         dbias[c] += state.total(1)[c] = of_dy;
       }
     }
