@@ -27,7 +27,7 @@ struct Slab {
     while (channels % common) common /= 2;
     copies = channels * (16 / common) <= 2048 ? least(16 / common, s.positions) : 1;
     width = channels * copies;
-    padded = ceil_div(width, 16) * 16;
+    padded = normjax::NORMJAX_ISA::padded(width);
     rows = ceil_div(length, width);
     pieces = clamped(least(length >> 16, rows / 64), 1, 64);
   }
@@ -106,11 +106,11 @@ NORMJAX_INLINE void strips(int64_t width, Step step) {
 // A strip of an array by column, in registers.
 template <class V, int U, class T>
 NORMJAX_INLINE void load_strip(V (&to)[U], const T* from) {
-  for (int u = 0; u < U; ++u) to[u] = load<V>(from + u * kLanes<V>);
+  NORMJAX_UNROLLED for (int u = 0; u < U; ++u) to[u] = load<V>(from + u * kLanes<V>);
 }
 template <class V, int U, class T>
 NORMJAX_INLINE void store_strip(T* to, const V (&from)[U]) {
-  for (int u = 0; u < U; ++u) store(to + u * kLanes<V>, from[u]);
+  NORMJAX_UNROLLED for (int u = 0; u < U; ++u) store(to + u * kLanes<V>, from[u]);
 }
 
 // Adds the distances of a block to their shift, and the squares of the distances.
@@ -118,12 +118,13 @@ template <class X>
 void add_distances(At at, Block b, const double* shift, double* distances, double* squares) {
   const X* x = at.as<X>();
   strips<Doubles, 4>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    Doubles from[count], d1[count], d2[count];
+    constexpr int U = count;
+    Doubles from[U], d1[U], d2[U];
     load_strip(from, shift + i);
     load_strip(d1, distances + i);
     load_strip(d2, squares + i);
     for (int64_t r = 0; r < b.rows; ++r) {
-      for (int u = 0; u < count; ++u) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t k = r * b.stride + i + u * kLanes<Doubles>;
         const Doubles v = load<Doubles>(x + k, lanes);
         const Doubles d = filled(v, lanes, from[u]) - from[u];
@@ -143,12 +144,13 @@ void write_columns(At of_x, At of_y, Block b, const State& state) {
   const X* x = of_x.as<X>();
   Y* y = of_y.as<Y>();
   strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    V m[count], f[count], t[count];
+    constexpr int U = count;
+    V m[U], f[U], t[U];
     load_strip(m, state.factor<Real>(0) + i);
     load_strip(f, state.factor<Real>(1) + i);
     load_strip(t, state.factor<Real>(2) + i);
     for (int64_t r = 0; r < b.rows; ++r) {
-      for (int u = 0; u < count; ++u) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
         store(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
       }
@@ -302,18 +304,18 @@ void add_products(At of_x, At of_g, Block b, const State& state, double* product
   const X* x = of_x.as<X>();
   const DY* dy = of_g.as<DY>();
   strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    constexpr int w = kLanes<V>;
-    V m[count], p[count] = {}, q[count] = {};
+    constexpr int U = count, w = kLanes<V>;
+    V m[U], p[U] = {}, q[U] = {};
     load_strip(m, state.factor<Real>(0) + i);
     for (int64_t r = 0; r < b.rows; ++r) {
-      for (int u = 0; u < count; ++u) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * w;
         const V g = load<V>(dy + at, lanes);
         p[u] += g * (load<V>(x + at, lanes) - m[u]);
         q[u] += g;
       }
     }
-    for (int u = 0; u < count; ++u) {
+    NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
       add_wide(products + i + u * w, p[u]);
       add_wide(of_dy + i + u * w, q[u]);
     }
@@ -328,13 +330,14 @@ void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) 
   const DY* dy = of_dy.as<DY>();
   X* dx = of_dx.as<X>();
   strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    V m[count], f[count], s[count], o[count];
+    constexpr int U = count;
+    V m[U], f[U], s[U], o[U];
     load_strip(m, state.factor<Real>(0) + i);
     load_strip(f, state.factor<Real>(1) + i);
     load_strip(s, state.factor<Real>(2) + i);
     load_strip(o, state.factor<Real>(3) + i);
     for (int64_t r = 0; r < b.rows; ++r) {
-      for (int u = 0; u < count; ++u) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
         const V d = load<V>(x + at, lanes) - m[u];
         store(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
@@ -492,7 +495,7 @@ inline bool backward_columns(const Backward& b, const float* scale, Workers& wor
   // One after the other, whichever way: the sums of a chunk are added in its order.
   const auto run = [&](int64_t chunk, int64_t worker) {
     double* dscale = sums.open(chunk, worker);
-    double* dbias = dscale + slab.channels;
+    double* dbias = dscale + padded(slab.channels);
     for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n) {
       const State own = state(by_chunk ? worker : n);
       if (by_chunk) {

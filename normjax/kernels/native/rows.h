@@ -102,7 +102,7 @@ void row_averages(Row* rows, const float* scale, float* dscale, float* dbias, in
   const X* x[R];
   const DY* dy[R];
   Real mean[R], rstd[R], rest[R];
-  for (int r = 0; r < R; ++r) {
+  NORMJAX_UNROLLED for (int r = 0; r < R; ++r) {
     const Standard& s = rows[r].s;
     x[r] = rows[r].x.template as<X>(), dy[r] = rows[r].dy.template as<DY>();
     mean[r] = s.mean_in<Real>(), rstd[r] = s.rstd, rest[r] = s.rest_in<Real>() * s.rstd;
@@ -113,7 +113,7 @@ void row_averages(Row* rows, const float* scale, float* dscale, float* dbias, in
       const int64_t k = begin + i;
       const V of_scale = load<V>(scale + k, lanes);
       V ds = load<V>(dscale + k, lanes), db = load<V>(dbias + k, lanes);
-      for (int r = 0; r < R; ++r) {
+      NORMJAX_UNROLLED for (int r = 0; r < R; ++r) {
         const V d = filled(load<V>(x[r] + k, lanes), lanes, V{} + mean[r]) - mean[r];
         const V x_hat = d * rstd[r] - rest[r];
         const V g = load<V>(dy[r] + k, lanes), scaled = g * of_scale;
@@ -125,7 +125,7 @@ void row_averages(Row* rows, const float* scale, float* dscale, float* dbias, in
       store(dscale + k, ds, lanes);
       store(dbias + k, db, lanes);
     });
-    for (int r = 0; r < R; ++r) {
+    NORMJAX_UNROLLED for (int r = 0; r < R; ++r) {
       rows[r].a += total(a[r]) / n;
       rows[r].c += total(c[r]) / n;
     }
@@ -219,29 +219,29 @@ class BackwardRows {
 
 // Adds sums in float32 to those in float64, and clears them.
 inline void flush(float* from, double* to, int64_t n) {
-  sweep<Doubles, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
-    store(to + i, load<Doubles>(to + i, lanes) + load<Doubles>(from + i, lanes), lanes);
-    store(from + i, Doubles{}, lanes);
-  });
+  for (int64_t i = 0; i < n; i += kLanes<Doubles>) {
+    store(to + i, load<Doubles>(to + i) + load<Doubles>(from + i));
+    store(from + i, Doubles{});
+  }
 }
 
 inline bool backward_rows(const Backward& b, const float* scale, Workers& workers) {
   // Samples whose dscale and dbias are summed in float32.
   constexpr int64_t kBlock = 32;
-  const int64_t channels = b.shape.channels();
+  const int64_t length = padded(b.shape.channels());
   const BackwardRows rows(b, scale);
   const Chunks chunks(b.shape);
   const ParameterSums sums(b, chunks, workers);
-  const Memory<float> blocks(2 * channels * workers.count());
+  const Memory<float> blocks(2 * length * workers.count());
   if (!sums.ok() || !blocks.data()) return false;
-  for (int64_t i = 0; i < 2 * channels * workers.count(); ++i) blocks.data()[i] = 0;
+  for (int64_t i = 0; i < 2 * length * workers.count(); ++i) blocks.data()[i] = 0;
   chunks.run(workers, b.shape.size(), [&](int64_t chunk, int64_t worker) {
-    float* of_block = blocks.data() + 2 * channels * worker;
+    float* of_block = blocks.data() + 2 * length * worker;
     double* of_chunk = sums.open(chunk, worker);
     const int64_t end = chunks.end(chunk);
     for (int64_t n = chunks.begin(chunk); n < end; n += kBlock) {
-      rows(n, least(end, n + kBlock), of_block, of_block + channels);
-      flush(of_block, of_chunk, 2 * channels);
+      rows(n, least(end, n + kBlock), of_block, of_block + length);
+      flush(of_block, of_chunk, 2 * length);
     }
     sums.close(chunk, of_chunk);
   });
