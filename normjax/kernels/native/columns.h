@@ -11,6 +11,11 @@
 
 namespace normjax::NORMJAX_ISA {
 
+// Rows of a slab that fit a cache near the core.
+struct Block {
+  int64_t first, rows, stride, width;
+};
+
 // How a slab is read: as rows of `width` columns. Few channels that fill no vector are
 // taken several positions at a time, so that width is a multiple of 16; the last row then
 // may be a part of one.
@@ -22,13 +27,12 @@ struct Slab {
     while (channels % common) common /= 2;
     copies = channels * (16 / common) <= 2048 ? least(16 / common, s.positions) : 1;
     width = channels * copies;
-    padded = ceil_div(width, 16) * 16;
+    padded = normjax::NORMJAX_ISA::padded(width);
     rows = ceil_div(length, width);
     pieces = clamped(least(length >> 16, rows / 64), 1, 64);
   }
 
-  // Calls what(first, rows, width) for the parts of a piece that fit a cache near the
-  // core; of the last row, which may be short, by itself.
+  // Calls what(block) for the parts of a piece; the last row, where it is short, is one.
   template <class What>
   void blocks(int64_t piece, What what) const {
     const int64_t end = rows * (piece + 1) / pieces;
@@ -36,9 +40,9 @@ struct Slab {
     const int64_t whole = end == rows && last < width ? end - 1 : end;
     const int64_t block = clamped(4096 / width, 8, 32);
     for (int64_t r = rows * piece / pieces; r < whole; r += block) {
-      what(r * width, least(block, whole - r), width);
+      what(Block{r * width, least(block, whole - r), width, width});
     }
-    if (whole < end) what(whole * width, int64_t{1}, last);
+    if (whole < end) what(Block{whole * width, 1, width, last});
   }
 };
 
@@ -102,25 +106,27 @@ NORMJAX_INLINE void strips(int64_t width, Step step) {
 // A strip of an array by column, in registers.
 template <class V, int U, class T>
 NORMJAX_INLINE void load_strip(V (&to)[U], const T* from) {
-  for (int u = 0; u < U; ++u) to[u] = load<V>(from + u * kLanes<V>);
+  NORMJAX_UNROLLED for (int u = 0; u < U; ++u) to[u] = load<V>(from + u * kLanes<V>);
 }
 template <class V, int U, class T>
 NORMJAX_INLINE void store_strip(T* to, const V (&from)[U]) {
-  for (int u = 0; u < U; ++u) store(to + u * kLanes<V>, from[u]);
+  NORMJAX_UNROLLED for (int u = 0; u < U; ++u) store(to + u * kLanes<V>, from[u]);
 }
 
 // Adds the distances of a block to their shift, and the squares of the distances.
 template <class X>
-void add_distances(const X* x, int64_t rows, int64_t stride, int64_t width, const double* shift,
-                   double* distances, double* squares) {
-  strips<Doubles, 4>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    Doubles from[count], d1[count], d2[count];
+void add_distances(At at, Block b, const double* shift, double* distances, double* squares) {
+  const X* x = at.as<X>();
+  strips<Doubles, 4>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    constexpr int U = count;
+    Doubles from[U], d1[U], d2[U];
     load_strip(from, shift + i);
     load_strip(d1, distances + i);
     load_strip(d2, squares + i);
-    for (const X* row = x + i; row < x + i + rows * stride; row += stride) {
-      for (int u = 0; u < count; ++u) {
-        const Doubles v = load<Doubles>(row + u * kLanes<Doubles>, lanes);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
+        const int64_t k = r * b.stride + i + u * kLanes<Doubles>;
+        const Doubles v = load<Doubles>(x + k, lanes);
         const Doubles d = filled(v, lanes, from[u]) - from[u];
         d1[u] += d;
         d2[u] += d * d;
@@ -133,28 +139,37 @@ void add_distances(const X* x, int64_t rows, int64_t stride, int64_t width, cons
 
 // y = (x - mean) * factor + term, each by column.
 template <class Real, class X, class Y>
-void write_columns(const X* x, Y* y, int64_t rows, int64_t stride, int64_t width,
-                   const Real* mean, const Real* factor, const Real* term) {
+void write_columns(At of_x, At of_y, Block b, const State& state) {
   using V = Vec<Real>;
-  strips<V, 2>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    V m[count], f[count], t[count];
-    load_strip(m, mean + i);
-    load_strip(f, factor + i);
-    load_strip(t, term + i);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int u = 0; u < count; ++u) {
-        const int64_t at = r * stride + i + u * kLanes<V>;
+  const X* x = of_x.as<X>();
+  Y* y = of_y.as<Y>();
+  strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    constexpr int U = count;
+    V m[U], f[U], t[U];
+    load_strip(m, state.factor<Real>(0) + i);
+    load_strip(f, state.factor<Real>(1) + i);
+    load_strip(t, state.factor<Real>(2) + i);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
+        const int64_t at = r * b.stride + i + u * kLanes<V>;
         store(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
       }
     }
   });
 }
 
-template <class X, class Y>
 class ForwardColumns {
  public:
   ForwardColumns(const Forward& f, const float* scale, const float* bias)
-      : f_(f), s_(f.shape), slab_(f.shape), scale_(scale), bias_(bias) {}
+      : f_(f), s_(f.shape), slab_(f.shape), scale_(scale), bias_(bias) {
+    add_ = of_type(f.x.type, [](auto x) { return &add_distances<decltype(x)>; });
+    write_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
+      return &write_columns<float, decltype(x), decltype(y)>;
+    });
+    write_wide_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
+      return &write_columns<double, decltype(x), decltype(y)>;
+    });
+  }
 
   const Slab& slab() const { return slab_; }
 
@@ -163,7 +178,7 @@ class ForwardColumns {
     for (int64_t i = 0; i < slab_.padded; ++i) shift[i] = 0;
     if (!f_.centered) return;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      const double first = shift_of(first_of(x(sample) + g * s_.width));
+      const double first = shift_of((x(sample) + g * s_.width).first());
       for (int64_t k = 0; k < s_.width; ++k) shift[g * s_.width + k] = first;
     }
     repeat(shift, slab_);
@@ -172,9 +187,7 @@ class ForwardColumns {
   void add(int64_t sample, int64_t piece, const State& state) const {
     double *d1 = state.sums(piece, 0), *d2 = state.sums(piece, 1);
     for (int64_t i = 0; i < slab_.padded; ++i) d1[i] = d2[i] = 0;
-    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
-      add_distances(x(sample) + first, rows, slab_.width, width, state.shift(), d1, d2);
-    });
+    slab_.blocks(piece, [&](Block b) { add_(x(sample) + b.first, b, state.shift(), d1, d2); });
   }
 
   // From the sums of all pieces, the moments and the factors of y.
@@ -189,14 +202,13 @@ class ForwardColumns {
   }
 
   void write(int64_t sample, int64_t piece, const State& state) const {
-    if (state.is_plain()) write_in<float>(sample, piece, state);
-    else write_in<double>(sample, piece, state);
+    const At y = At(f_.y) + sample * slab_.length;
+    const auto write = state.is_plain() ? write_ : write_wide_;
+    slab_.blocks(piece, [&](Block b) { write(x(sample) + b.first, y + b.first, b, state); });
   }
 
  private:
-  const X* x(int64_t sample) const {
-    return static_cast<const X*>(f_.x.data) + sample * slab_.length;
-  }
+  At x(int64_t sample) const { return At(f_.x) + sample * slab_.length; }
 
   Standard moments(int64_t sample, int64_t group, const State& state) const {
     Sums sums;
@@ -224,7 +236,7 @@ class ForwardColumns {
       for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
         const double by = s.rstd * scale_[row + c];
         mean[c] = s.mean_in<Real>(), factor[c] = by;
-        term[c] = bias_[row + c] - s.rest_in<Real>() * by;
+        term[c] = bias_[row + c] - part(s.rest_in<Real>(), by);
         is_plain = is_plain && std::fabs(by) < 0x1p100;
       }
     }
@@ -232,19 +244,13 @@ class ForwardColumns {
     return is_plain;
   }
 
-  template <class Real>
-  void write_in(int64_t sample, int64_t piece, const State& state) const {
-    Y* y = static_cast<Y*>(f_.y.data) + sample * slab_.length;
-    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
-      write_columns<Real>(x(sample) + first, y + first, rows, slab_.width, width,
-                          state.factor<Real>(0), state.factor<Real>(1), state.factor<Real>(2));
-    });
-  }
-
   const Forward& f_;
   const Shape& s_;
   const Slab slab_;
   const float *scale_, *bias_;
+  void (*add_)(At, Block, const double*, double*, double*);
+  void (*write_)(At, At, Block, const State&);
+  decltype(write_) write_wide_;
 };
 
 // Whether whole samples, or chunks of them, keep all workers busy to the end.
@@ -253,9 +259,9 @@ inline bool fills(int64_t tasks, const Workers& workers) {
   return 5 * tasks >= 4 * rounds * workers.count();
 }
 
-template <class X, class Y>
-bool forward_columns(const Forward& f, const float* scale, const float* bias, Workers& workers) {
-  const ForwardColumns<X, Y> work(f, scale, bias);
+inline bool forward_columns(const Forward& f, const float* scale, const float* bias,
+                            Workers& workers) {
+  const ForwardColumns work(f, scale, bias);
   const Slab& slab = work.slab();
   const int64_t samples = f.shape.samples, size = f.shape.size();
   const bool by_sample = slab.pieces == 1 || fills(samples, workers);
@@ -292,22 +298,24 @@ bool forward_columns(const Forward& f, const float* scale, const float* bias, Wo
 
 // Adds dy * (x - mean) and dy of a block, in float32 where Real is.
 template <class Real, class X, class DY>
-void add_products(const X* x, const DY* dy, int64_t rows, int64_t stride, int64_t width,
-                  const Real* mean, double* products, double* of_dy) {
+void add_products(At of_x, At of_g, Block b, const State& state, double* products,
+                  double* of_dy) {
   using V = Vec<Real>;
-  strips<V, 2>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    constexpr int w = kLanes<V>;
-    V m[count], p[count] = {}, q[count] = {};
-    load_strip(m, mean + i);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int u = 0; u < count; ++u) {
-        const int64_t at = r * stride + i + u * w;
+  const X* x = of_x.as<X>();
+  const DY* dy = of_g.as<DY>();
+  strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    constexpr int U = count, w = kLanes<V>;
+    V m[U], p[U] = {}, q[U] = {};
+    load_strip(m, state.factor<Real>(0) + i);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
+        const int64_t at = r * b.stride + i + u * w;
         const V g = load<V>(dy + at, lanes);
         p[u] += g * (load<V>(x + at, lanes) - m[u]);
         q[u] += g;
       }
     }
-    for (int u = 0; u < count; ++u) {
+    NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
       add_wide(products + i + u * w, p[u]);
       add_wide(of_dy + i + u * w, q[u]);
     }
@@ -316,19 +324,21 @@ void add_products(const X* x, const DY* dy, int64_t rows, int64_t stride, int64_
 
 // dx = dy * factor + (x - mean) * slope + offset, each by column.
 template <class Real, class X, class DY>
-void write_dx_columns(const X* x, const DY* dy, X* dx, int64_t rows, int64_t stride,
-                      int64_t width, const Real* mean, const Real* factor, const Real* slope,
-                      const Real* offset) {
+void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) {
   using V = Vec<Real>;
-  strips<V, 2>(width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
-    V m[count], f[count], s[count], o[count];
-    load_strip(m, mean + i);
-    load_strip(f, factor + i);
-    load_strip(s, slope + i);
-    load_strip(o, offset + i);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int u = 0; u < count; ++u) {
-        const int64_t at = r * stride + i + u * kLanes<V>;
+  const X* x = of_x.as<X>();
+  const DY* dy = of_dy.as<DY>();
+  X* dx = of_dx.as<X>();
+  strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+    constexpr int U = count;
+    V m[U], f[U], s[U], o[U];
+    load_strip(m, state.factor<Real>(0) + i);
+    load_strip(f, state.factor<Real>(1) + i);
+    load_strip(s, state.factor<Real>(2) + i);
+    load_strip(o, state.factor<Real>(3) + i);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
+        const int64_t at = r * b.stride + i + u * kLanes<V>;
         const V d = load<V>(x + at, lanes) - m[u];
         store(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
       }
@@ -336,11 +346,24 @@ void write_dx_columns(const X* x, const DY* dy, X* dx, int64_t rows, int64_t str
   });
 }
 
-template <class X, class DY>
 class BackwardColumns {
  public:
   BackwardColumns(const Backward& b, const float* scale)
-      : b_(b), s_(b.shape), slab_(b.shape), scale_(scale) {}
+      : b_(b), s_(b.shape), slab_(b.shape), scale_(scale) {
+    const Type x = b.x.type, dy = b.dy.type;
+    add_ = of_types(x, dy, [](auto t, auto u) {
+      return &add_products<float, decltype(t), decltype(u)>;
+    });
+    add_wide_ = of_types(x, dy, [](auto t, auto u) {
+      return &add_products<double, decltype(t), decltype(u)>;
+    });
+    write_ = of_types(x, dy, [](auto t, auto u) {
+      return &write_dx_columns<float, decltype(t), decltype(u)>;
+    });
+    write_wide_ = of_types(x, dy, [](auto t, auto u) {
+      return &write_dx_columns<double, decltype(t), decltype(u)>;
+    });
+  }
 
   const Slab& slab() const { return slab_; }
 
@@ -355,8 +378,12 @@ class BackwardColumns {
   }
 
   void add(int64_t sample, int64_t piece, const State& state) const {
-    if (state.is_plain()) add_in<float>(sample, piece, state);
-    else add_in<double>(sample, piece, state);
+    double *products = state.sums(piece, 0), *of_dy = state.sums(piece, 1);
+    for (int64_t i = 0; i < slab_.padded; ++i) products[i] = of_dy[i] = 0;
+    const auto add = state.is_plain() ? add_ : add_wide_;
+    slab_.blocks(piece, [&](Block b) {
+      add(x(sample) + b.first, dy(sample) + b.first, b, state, products, of_dy);
+    });
   }
 
   // From the sums of all pieces what the sample adds to dscale and dbias, and the factors
@@ -370,17 +397,16 @@ class BackwardColumns {
   }
 
   void write(int64_t sample, int64_t piece, const State& state) const {
-    if (state.is_plain()) write_in<float>(sample, piece, state);
-    else write_in<double>(sample, piece, state);
+    const At dx = At(b_.dx) + sample * slab_.length;
+    const auto write = state.is_plain() ? write_ : write_wide_;
+    slab_.blocks(piece, [&](Block b) {
+      write(x(sample) + b.first, dy(sample) + b.first, dx + b.first, b, state);
+    });
   }
 
  private:
-  const X* x(int64_t sample) const {
-    return static_cast<const X*>(b_.x.data) + sample * slab_.length;
-  }
-  const DY* dy(int64_t sample) const {
-    return static_cast<const DY*>(b_.dy.data) + sample * slab_.length;
-  }
+  At x(int64_t sample) const { return At(b_.x) + sample * slab_.length; }
+  At dy(int64_t sample) const { return At(b_.dy) + sample * slab_.length; }
 
   Standard standard(int64_t sample, int64_t group) const {
     const int64_t set = sample * s_.groups + group;
@@ -398,16 +424,6 @@ class BackwardColumns {
     repeat(mean, slab_);
   }
 
-  template <class Real>
-  void add_in(int64_t sample, int64_t piece, const State& state) const {
-    double *products = state.sums(piece, 0), *of_dy = state.sums(piece, 1);
-    for (int64_t i = 0; i < slab_.padded; ++i) products[i] = of_dy[i] = 0;
-    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
-      add_products<Real>(x(sample) + first, dy(sample) + first, rows, slab_.width, width,
-                         state.factor<Real>(0), products, of_dy);
-    });
-  }
-
   // Leaves the sums of dy * x_hat and of dy, by channel, in the state's totals.
   template <class Real>
   void add_up(int64_t sample, const State& state, double* dscale, double* dbias) const {
@@ -415,8 +431,8 @@ class BackwardColumns {
       const Standard s = standard(sample, g);
       for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
         const double of_dy = state.of_channel(slab_, 1, c);
-        const double products = state.of_channel(slab_, 0, c) - s.rest_in<Real>() * of_dy;
-        dscale[c] += state.total(0)[c] = s.rstd * products;
+        const double rest = part(s.rest_in<Real>(), of_dy);
+        dscale[c] += state.total(0)[c] = s.rstd * (state.of_channel(slab_, 0, c) - rest);
         dbias[c] += state.total(1)[c] = of_dy;
       }
     }
@@ -448,25 +464,18 @@ class BackwardColumns {
     return is_plain;
   }
 
-  template <class Real>
-  void write_in(int64_t sample, int64_t piece, const State& state) const {
-    X* dx = static_cast<X*>(b_.dx.data) + sample * slab_.length;
-    slab_.blocks(piece, [&](int64_t first, int64_t rows, int64_t width) {
-      write_dx_columns<Real>(x(sample) + first, dy(sample) + first, dx + first, rows,
-                             slab_.width, width, state.factor<Real>(0), state.factor<Real>(1),
-                             state.factor<Real>(2), state.factor<Real>(3));
-    });
-  }
-
   const Backward& b_;
   const Shape& s_;
   const Slab slab_;
   const float* scale_;
+  void (*add_)(At, At, Block, const State&, double*, double*);
+  void (*write_)(At, At, At, Block, const State&);
+  decltype(add_) add_wide_;
+  decltype(write_) write_wide_;
 };
 
-template <class X, class DY>
-bool backward_columns(const Backward& b, const float* scale, Workers& workers) {
-  const BackwardColumns<X, DY> work(b, scale);
+inline bool backward_columns(const Backward& b, const float* scale, Workers& workers) {
+  const BackwardColumns work(b, scale);
   const Slab& slab = work.slab();
   const Chunks chunks(b.shape);
   const ParameterSums sums(b, chunks, workers);
@@ -486,7 +495,7 @@ bool backward_columns(const Backward& b, const float* scale, Workers& workers) {
   // One after the other, whichever way: the sums of a chunk are added in its order.
   const auto run = [&](int64_t chunk, int64_t worker) {
     double* dscale = sums.open(chunk, worker);
-    double* dbias = dscale + slab.channels;
+    double* dbias = dscale + padded(slab.channels);
     for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n) {
       const State own = state(by_chunk ? worker : n);
       if (by_chunk) {

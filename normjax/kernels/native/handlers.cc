@@ -171,6 +171,10 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
 #define NORMJAX_SHOWN extern "C" __attribute__((visibility("default")))
 NORMJAX_SHOWN XLA_FFI_Error* normjax_forward(XLA_FFI_CallFrame*);
 NORMJAX_SHOWN XLA_FFI_Error* normjax_backward(XLA_FFI_CallFrame*);
+// The version of XLA's interface that this was built for. An older runtime refuses it, and
+// then has no CPU backend at all: whoever registers the handlers must look first.
+NORMJAX_SHOWN const int32_t normjax_api_version[2];
+const int32_t normjax_api_version[2] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(normjax_forward, normjax::forward,
                               xla::ffi::Ffi::Bind()

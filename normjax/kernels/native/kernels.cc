@@ -19,14 +19,8 @@ bool forward(const Forward& f, Workers& workers) {
   const int64_t count = s.parameters * s.channels();
   const Parameter scale(f.scale, count, 1), bias(f.bias, count, -0.0f);
   if (!scale.data() || !bias.data()) return false;
-  return with_type(f.x.type, [&](auto x) {
-    return with_type(f.y.type, [&](auto y) {
-      using X = decltype(x);
-      using Y = decltype(y);
-      if (s.positions == 1) return forward_rows<X, Y>(f, scale.data(), bias.data(), workers);
-      return forward_columns<X, Y>(f, scale.data(), bias.data(), workers);
-    });
-  });
+  if (s.positions == 1) return forward_rows(f, scale.data(), bias.data(), workers);
+  return forward_columns(f, scale.data(), bias.data(), workers);
 }
 
 bool backward(const Backward& b, Workers& workers) {
@@ -40,14 +34,8 @@ bool backward(const Backward& b, Workers& workers) {
   }
   const Parameter scale(b.scale, count, 1);
   if (!scale.data()) return false;
-  return with_type(b.x.type, [&](auto x) {
-    return with_type(b.dy.type, [&](auto dy) {
-      using X = decltype(x);
-      using DY = decltype(dy);
-      if (s.positions == 1) return backward_rows<X, DY>(b, scale.data(), workers);
-      return backward_columns<X, DY>(b, scale.data(), workers);
-    });
-  });
+  if (s.positions == 1) return backward_rows(b, scale.data(), workers);
+  return backward_columns(b, scale.data(), workers);
 }
 
 }  // namespace normjax::NORMJAX_ISA

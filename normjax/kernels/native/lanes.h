@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -45,6 +45,12 @@ constexpr int kLanes = sizeof(V) / sizeof(Element<V>);
 
 #define NORMJAX_INLINE inline __attribute__((always_inline))
 #define NORMJAX_STEP __attribute__((always_inline))  // of a lambda
+// Before a loop of few turns, whose arrays are to be registers.
+#if defined(__clang__)
+#define NORMJAX_UNROLLED _Pragma("unroll")
+#else
+#define NORMJAX_UNROLLED _Pragma("GCC unroll 16")
+#endif
 
 template <class V>
 NORMJAX_INLINE V read(const void* p) {
@@ -143,59 +149,30 @@ NORMJAX_INLINE void narrowed(float* p, Vector<float, N> v) {
   write(p, v);
 }
 
+// Float32 to float64, which GCC 12 would do by halves.
+template <class V>
+NORMJAX_INLINE V doubled(Vector<float, kLanes<V>> v) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes<V> == 8) return _mm512_maskz_cvtps_pd(-1, v);
+#endif
+#if defined(__AVX__)
+  if constexpr (kLanes<V> == 4) return _mm256_cvtps_pd(v);
+#endif
+  return __builtin_convertvector(v, V);
+}
+
 // How many lanes of a vector count: all, or the first few at the end of an array.
 struct Whole {};
 struct Part {
   int count;
 };
 
-template <class V, class T>
-NORMJAX_INLINE V load(const T* p, Whole = {}) {
-  if constexpr (std::is_same_v<T, double>) {
-    return read<V>(p);
-  } else {
-    const auto v = widened<kLanes<V>>(p);
-    if constexpr (std::is_same_v<Element<V>, float>) return v;
-    else return __builtin_convertvector(v, V);
-  }
-}
-
-template <class V, class T>
-NORMJAX_INLINE void store(T* p, V v, Whole = {}) {
-  if constexpr (std::is_same_v<T, Element<V>>) {
-    write(p, v);
-  } else {
-    narrowed<kLanes<V>>(p, __builtin_convertvector(v, Vector<float, kLanes<V>>));
-  }
-}
-
-// Parts, by way of the stack: lanes that do not count are zero.
-template <class V, class T>
-NORMJAX_INLINE V load(const T* p, Part part) {
-  T lanes[kLanes<V>] = {};
-  for (int i = 0; i < part.count; ++i) lanes[i] = p[i];
-  return load<V>(lanes);
-}
-
-template <class V, class T>
-NORMJAX_INLINE void store(T* p, V v, Part part) {
-  T lanes[kLanes<V>];
-  store(lanes, v);
-  for (int i = 0; i < part.count; ++i) p[i] = lanes[i];
-}
-
-template <class T>
-NORMJAX_INLINE float first_of(const T* p) {
-  return load<Vector<float, 4>>(p, Part{1})[0];
-}
-
-// Adds a vector to sums in float64.
-NORMJAX_INLINE void add_wide(double* to, Doubles v) { write(to, read<Doubles>(to) + v); }
-NORMJAX_INLINE void add_wide(double* to, Floats v) {
-  float lanes[kLanes<Floats>];
-  write(lanes, v);
-  add_wide(to, load<Doubles>(lanes));
-  add_wide(to + kLanes<Doubles>, load<Doubles>(lanes + kLanes<Doubles>));
+// Of each lane, whether it counts.
+template <class V>
+NORMJAX_INLINE auto counted(Part part) {
+  using Number = std::conditional_t<sizeof(Element<V>) == 4, int32_t, int64_t>;
+  static constexpr Number lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return read<Vector<Number, kLanes<V>>>(lanes) < part.count;
 }
 
 // v, with lanes that do not count replaced by those of another.
@@ -205,8 +182,77 @@ NORMJAX_INLINE V filled(V v, Whole, V) {
 }
 template <class V>
 NORMJAX_INLINE V filled(V v, Part part, V other) {
-  for (int i = 0; i < kLanes<V>; ++i) v[i] = i < part.count ? v[i] : other[i];
-  return v;
+  return counted<V>(part) ? v : other;
+}
+
+// N numbers as float32; of a part, lanes that do not count are zero.
+template <int N, class T>
+NORMJAX_INLINE Vector<float, N> floats(const T* p, Whole) {
+  return widened<N>(p);
+}
+template <int N, class T>
+NORMJAX_INLINE Vector<float, N> floats(const T* p, Part part) {
+#if defined(__AVX__)
+  if constexpr (std::is_same_v<T, float> && N == 8) {
+    return _mm256_maskload_ps(p, bits_of<__m256i>(counted<Vector<float, 8>>(part)));
+  }
+#endif
+  T lanes[N];
+  NORMJAX_UNROLLED for (int i = 0; i < N; ++i) lanes[i] = i < part.count ? p[i] : T();
+  return widened<N>(lanes);
+}
+
+template <int N, class T>
+NORMJAX_INLINE void put(T* p, Vector<float, N> v, Whole) {
+  narrowed<N>(p, v);
+}
+template <int N, class T>
+NORMJAX_INLINE void put(T* p, Vector<float, N> v, Part part) {
+#if defined(__AVX__)
+  if constexpr (std::is_same_v<T, float> && N == 8) {
+    return _mm256_maskstore_ps(p, bits_of<__m256i>(counted<Vector<float, 8>>(part)), v);
+  }
+#endif
+  T lanes[N];
+  narrowed<N>(lanes, v);
+  NORMJAX_UNROLLED for (int i = 0; i < N; ++i) {
+    if (i < part.count) p[i] = lanes[i];
+  }
+}
+
+template <class V, class T, class Lanes = Whole>
+NORMJAX_INLINE V load(const T* p, Lanes lanes = {}) {
+  if constexpr (std::is_same_v<Element<V>, float>) return floats<kLanes<V>>(p, lanes);
+  else return doubled<V>(floats<kLanes<V>>(p, lanes));
+}
+template <class V, class T, class Lanes = Whole>
+NORMJAX_INLINE void store(T* p, V v, Lanes lanes = {}) {
+  if constexpr (std::is_same_v<Element<V>, float>) put<kLanes<V>>(p, v, lanes);
+  else put<kLanes<V>>(p, __builtin_convertvector(v, Vector<float, kLanes<V>>), lanes);
+}
+
+// Of float64, which only sums are: their arrays have room for whole vectors.
+template <class V>
+NORMJAX_INLINE V load(const double* p) {
+  return read<V>(p);
+}
+template <class V>
+NORMJAX_INLINE void store(double* p, V v) {
+  write(p, v);
+}
+
+template <class T>
+NORMJAX_INLINE float first_of(const T* p) {
+  return floats<4>(p, Part{1})[0];
+}
+
+// Adds a vector to sums in float64.
+NORMJAX_INLINE void add_wide(double* to, Doubles v) { write(to, read<Doubles>(to) + v); }
+NORMJAX_INLINE void add_wide(double* to, Floats v) {
+  float lanes[kLanes<Floats>];
+  write(lanes, v);
+  add_wide(to, load<Doubles>(lanes));
+  add_wide(to + kLanes<Doubles>, load<Doubles>(lanes + kLanes<Doubles>));
 }
 
 template <int I>
@@ -228,13 +274,17 @@ NORMJAX_INLINE void sweep(int64_t n, Step step) {
 }
 
 // The sum of all lanes, in a fixed order.
+template <class V>
+NORMJAX_INLINE double total(V v) {
+  double t = 0;
+  NORMJAX_UNROLLED for (int i = 0; i < kLanes<V>; ++i) t += v[i];
+  return t;
+}
 template <class V, int U>
 NORMJAX_INLINE double total(const V (&sums)[U]) {
   V v = sums[0];
-  for (int u = 1; u < U; ++u) v += sums[u];
-  double t = 0;
-  for (int i = 0; i < kLanes<V>; ++i) t += v[i];
-  return t;
+  NORMJAX_UNROLLED for (int u = 1; u < U; ++u) v += sums[u];
+  return total(v);
 }
 
 }  // namespace normjax::NORMJAX_ISA

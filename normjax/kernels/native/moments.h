@@ -82,6 +82,10 @@ inline Standard standard_of(const Moments& m, double epsilon) {
   return standard_of(m.mean, m.rest, m.var, epsilon);
 }
 
+// What the rest of a mean, which is small, adds to a sum. Where the other factor is infinite
+// it adds nothing, since it would be NaN, or an infinity of the wrong sign.
+inline double part(double rest, double of) { return std::isfinite(of) ? rest * of : 0; }
+
 // dx = rstd * (dy * scale - a - x_hat * c), with the last two terms gathered:
 //    = dy * scale * rstd + (x - mean) * slope + offset.
 struct Correction {
@@ -94,9 +98,7 @@ struct Correction {
 template <class Real>
 Correction correction_of(const Standard& s, double a, double c) {
   const double slope = -s.rstd * s.rstd * c;
-  const double of_rest = s.rest_in<Real>();
-  // Not 0 * slope, which is NaN where c is infinite.
-  return {slope, (of_rest == 0 ? 0 : -of_rest * slope) - s.rstd * a};
+  return {slope, -part(s.rest_in<Real>(), slope) - s.rstd * a};
 }
 
 }  // namespace normjax::NORMJAX_ISA

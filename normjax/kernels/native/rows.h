@@ -8,14 +8,9 @@
 
 namespace normjax::NORMJAX_ISA {
 
-// A set of a problem: what lies at (n, g).
-template <class T>
-T* row_at(const Array& a, int64_t set, int64_t width) {
-  return static_cast<T*>(a.data) + set * width;
-}
-
 template <bool Centered, class X>
-Sums row_sums(const X* x, int64_t n, double shift) {
+Sums row_sums(At at, int64_t n, double shift) {
+  const X* x = at.as<X>();
   Doubles distances[4] = {}, squares[4] = {};
   sweep<Doubles, 4>(n, [&](auto u, int64_t i, auto lanes) NORMJAX_STEP {
     Doubles d = load<Doubles>(x + i, lanes);
@@ -29,177 +24,227 @@ Sums row_sums(const X* x, int64_t n, double shift) {
 }
 
 template <class Real, class X, class Y>
-void write_row(const X* x, const float* scale, const float* bias, Y* y, int64_t n,
+void write_row(At of_x, const float* scale, const float* bias, At of_y, int64_t n,
                const Standard& s) {
   using V = Vec<Real>;
+  const X* x = of_x.as<X>();
+  Y* y = of_y.as<Y>();
   const Real mean = s.mean_in<Real>(), rstd = s.rstd, rest = s.rest_in<Real>() * s.rstd;
-  sweep<V, 2>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
+  sweep<V, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
     const V x_hat = (load<V>(x + i, lanes) - mean) * rstd - rest;
     store(y + i, x_hat * load<V>(scale + i, lanes) + load<V>(bias + i, lanes), lanes);
   });
 }
 
-template <class X, class Y>
-void forward_row(const Forward& f, int64_t set, const float* scale, const float* bias) {
-  const int64_t n = f.shape.width;
-  const X* x = row_at<const X>(f.x, set, n);
-  Y* y = row_at<Y>(f.y, set, n);
-  const double shift = f.centered ? shift_of(first_of(x)) : 0;
-  const Sums sums = f.centered ? row_sums<true>(x, n, shift) : row_sums<false>(x, n, shift);
-  const Moments m = moments_of(sums, shift, n, f.centered);
-  f.mean[set] = m.mean, f.rest[set] = m.rest, f.var[set] = m.var;
-  const Standard s = standard_of(m, f.epsilon);
-  if (s.is_plain()) write_row<float>(x, scale, bias, y, n, s);
-  else write_row<double>(x, scale, bias, y, n, s);
-}
+class ForwardRows {
+ public:
+  ForwardRows(const Forward& f, const float* scale, const float* bias)
+      : f_(f), s_(f.shape), scale_(scale), bias_(bias) {
+    sums_ = of_type(f.x.type, [&](auto x) {
+      using X = decltype(x);
+      return f.centered ? &row_sums<true, X> : &row_sums<false, X>;
+    });
+    plain_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
+      return &write_row<float, decltype(x), decltype(y)>;
+    });
+    wide_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
+      return &write_row<double, decltype(x), decltype(y)>;
+    });
+  }
 
-template <class X, class Y>
-bool forward_rows(const Forward& f, const float* scale, const float* bias, Workers& workers) {
-  const Shape& s = f.shape;
-  const int64_t rows = s.sets(), of_task = ceil_div(kTask, s.width);
-  parallel(workers, ceil_div(rows, of_task), s.size(), [&](int64_t t, int64_t) {
-    for (int64_t set = t * of_task; set < least(rows, (t + 1) * of_task); ++set) {
-      const int64_t at = s.row_of(set / s.groups) * s.channels() + set % s.groups * s.width;
-      forward_row<X, Y>(f, set, scale + at, bias + at);
-    }
+  void operator()(int64_t set) const {
+    const int64_t n = s_.width;
+    const At x = At(f_.x) + set * n;
+    const double shift = f_.centered ? shift_of(x.first()) : 0;
+    const Moments m = moments_of(sums_(x, n, shift), shift, n, f_.centered);
+    f_.mean[set] = m.mean, f_.rest[set] = m.rest, f_.var[set] = m.var;
+    const Standard s = standard_of(m, f_.epsilon);
+    const int64_t k = s_.row_of(set / s_.groups) * s_.channels() + set % s_.groups * n;
+    (s.is_plain() ? plain_ : wide_)(x, scale_ + k, bias_ + k, At(f_.y) + set * n, n, s);
+  }
+
+ private:
+  const Forward& f_;
+  const Shape& s_;
+  const float *scale_, *bias_;
+  Sums (*sums_)(At, int64_t, double);
+  void (*plain_)(At, const float*, const float*, At, int64_t, const Standard&);
+  decltype(plain_) wide_;
+};
+
+inline bool forward_rows(const Forward& f, const float* scale, const float* bias,
+                         Workers& workers) {
+  const ForwardRows row(f, scale, bias);
+  const int64_t rows = f.shape.sets(), of_task = ceil_div(kTask, f.shape.width);
+  parallel(workers, ceil_div(rows, of_task), f.shape.size(), [&](int64_t t, int64_t) {
+    const int64_t end = least(rows, (t + 1) * of_task);
+    for (int64_t set = t * of_task; set < end; ++set) row(set);
   });
   return true;
 }
 
-// Sums over a row for dx: of dy * scale, and of that times x_hat.
-struct Averages {
+// A row in the backward pass, and its sums: the averages of dy * scale, and of that times
+// x_hat.
+struct Row {
+  At x, dy, dx;
+  Standard s;
   double a = 0, c = 0;
 };
 
+// Values of a row whose products are summed in float32, a few to each lane.
+constexpr int64_t kRowBlock = 4096;
+
 // Of R rows that have the same parameters, together, with what they add to dscale and
-// dbias. In float32 where Real is: a lane's sum is of few values, and the rest in float64.
+// dbias.
 template <class Real, int R, class X, class DY>
-void row_averages(const X* const (&x)[R], const DY* const (&dy)[R], const float* scale,
-                  float* dscale, float* dbias, int64_t n, const Standard (&s)[R],
-                  Averages (&averages)[R]) {
+void row_averages(Row* rows, const float* scale, float* dscale, float* dbias, int64_t n) {
   using V = Vec<Real>;
-  constexpr int64_t kBlock = 4096;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    V a[R][2] = {}, c[R][2] = {};
-    sweep<V, 2>(least(kBlock, n - begin), [&](auto u, int64_t i, auto lanes) NORMJAX_STEP {
+  const X* x[R];
+  const DY* dy[R];
+  Real mean[R], rstd[R], rest[R];
+  NORMJAX_UNROLLED for (int r = 0; r < R; ++r) {
+    const Standard& s = rows[r].s;
+    x[r] = rows[r].x.template as<X>(), dy[r] = rows[r].dy.template as<DY>();
+    mean[r] = s.mean_in<Real>(), rstd[r] = s.rstd, rest[r] = s.rest_in<Real>() * s.rstd;
+  }
+  for (int64_t begin = 0; begin < n; begin += kRowBlock) {
+    V a[R] = {}, c[R] = {};
+    sweep<V, 1>(least(kRowBlock, n - begin), [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
       const int64_t k = begin + i;
       const V of_scale = load<V>(scale + k, lanes);
       V ds = load<V>(dscale + k, lanes), db = load<V>(dbias + k, lanes);
-      for (int r = 0; r < R; ++r) {
-        const Real mean = s[r].template mean_in<Real>(), rstd = s[r].rstd;
-        const Real rest = s[r].template rest_in<Real>() * s[r].rstd;
-        const V d = filled(load<V>(x[r] + k, lanes), lanes, V{} + mean) - mean;
-        const V x_hat = d * rstd - rest;
+      NORMJAX_UNROLLED for (int r = 0; r < R; ++r) {
+        const V d = filled(load<V>(x[r] + k, lanes), lanes, V{} + mean[r]) - mean[r];
+        const V x_hat = d * rstd[r] - rest[r];
         const V g = load<V>(dy[r] + k, lanes), scaled = g * of_scale;
         ds += g * x_hat;
         db += g;
-        a[r][u] += scaled;
-        c[r][u] += scaled * x_hat;
+        a[r] += scaled;
+        c[r] += scaled * x_hat;
       }
       store(dscale + k, ds, lanes);
       store(dbias + k, db, lanes);
     });
-    for (int r = 0; r < R; ++r) {
-      averages[r].a += total(a[r]) / n;
-      averages[r].c += total(c[r]) / n;
+    NORMJAX_UNROLLED for (int r = 0; r < R; ++r) {
+      rows[r].a += total(a[r]) / n;
+      rows[r].c += total(c[r]) / n;
     }
   }
 }
 
 template <class Real, class X, class DY>
-void write_dx_row(const X* x, const DY* dy, const float* scale, X* dx, int64_t n,
-                  const Standard& s, const Averages& of) {
+void write_dx_row(const Row& row, const float* scale, int64_t n) {
   using V = Vec<Real>;
-  const Correction correction = correction_of<Real>(s, of.a, of.c);
-  const Real mean = s.mean_in<Real>(), rstd = s.rstd;
+  const X* x = row.x.template as<X>();
+  const DY* dy = row.dy.template as<DY>();
+  X* dx = row.dx.template as<X>();
+  const Correction correction = correction_of<Real>(row.s, row.a, row.c);
+  const Real mean = row.s.template mean_in<Real>(), rstd = row.s.rstd;
   const Real slope = correction.slope, offset = correction.offset;
-  sweep<V, 2>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
+  sweep<V, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
     const V d = load<V>(x + i, lanes) - mean;
     const V scaled = load<V>(dy + i, lanes) * load<V>(scale + i, lanes);
     store(dx + i, scaled * rstd + (d * slope + offset), lanes);
   });
 }
 
-// The rows of one group of features, for R samples from `sample` on.
-template <class Real, int R, class X, class DY>
-void backward_rows_of(const Backward& b, int64_t sample, int64_t group, const float* scale,
-                      float* dscale, float* dbias) {
-  const int64_t n = b.shape.width;
-  const X* x[R];
-  const DY* dy[R];
-  Standard s[R];
-  Averages of[R];
-  for (int r = 0; r < R; ++r) {
-    const int64_t set = (sample + r) * b.shape.groups + group;
-    x[r] = row_at<const X>(b.x, set, n), dy[r] = row_at<const DY>(b.dy, set, n);
-    s[r] = standard_of(b.mean[set], b.rest[set], b.var[set], b.epsilon);
+class BackwardRows {
+ public:
+  BackwardRows(const Backward& b, const float* scale) : b_(b), s_(b.shape), scale_(scale) {
+    const Type x = b.x.type, dy = b.dy.type;
+    of_two_ = of_types(x, dy, [](auto t, auto u) {
+      return &row_averages<float, 2, decltype(t), decltype(u)>;
+    });
+    of_one_ = of_types(x, dy, [](auto t, auto u) {
+      return &row_averages<float, 1, decltype(t), decltype(u)>;
+    });
+    wide_ = of_types(x, dy, [](auto t, auto u) {
+      return &row_averages<double, 1, decltype(t), decltype(u)>;
+    });
+    write_ = of_types(x, dy, [](auto t, auto u) {
+      return &write_dx_row<float, decltype(t), decltype(u)>;
+    });
+    write_wide_ = of_types(x, dy, [](auto t, auto u) {
+      return &write_dx_row<double, decltype(t), decltype(u)>;
+    });
   }
-  if constexpr (R > 1 || std::is_same_v<Real, float>) {
-    bool is_plain = true;
-    for (int r = 0; r < R; ++r) is_plain = is_plain && s[r].is_plain();
-    if (!is_plain) {
-      for (int r = 0; r < R; ++r) {
-        using One = std::conditional_t<R == 1, double, float>;
-        backward_rows_of<One, 1, X, DY>(b, sample + r, group, scale, dscale, dbias);
+
+  // The samples from begin to end, few enough that their sums are good in float32.
+  void operator()(int64_t begin, int64_t end, float* dscale, float* dbias) const {
+    const float* scale = scale_ + s_.row_of(begin) * s_.channels();
+    for (int64_t n = begin; n < end; n += 2) {
+      for (int64_t g = 0; g < s_.groups; ++g) {
+        const int64_t k = g * s_.width;
+        const int count = n + 1 < end ? 2 : 1;
+        of_samples(n, count, g, scale + k, dscale + k, dbias + k);
       }
-      return;
     }
   }
-  row_averages<Real, R>(x, dy, scale, dscale, dbias, n, s, of);
-  for (int r = 0; r < R; ++r) {
-    X* dx = row_at<X>(b.dx, (sample + r) * b.shape.groups + group, n);
-    if (!b.centered) of[r].a = 0;
-    if (correction_of<Real>(s[r], of[r].a, of[r].c).is_plain()) {
-      write_dx_row<Real>(x[r], dy[r], scale, dx, n, s[r], of[r]);
+
+ private:
+  Row row(int64_t sample, int64_t group) const {
+    const int64_t set = sample * s_.groups + group, at = set * s_.width;
+    const Standard s = standard_of(b_.mean[set], b_.rest[set], b_.var[set], b_.epsilon);
+    return {At(b_.x) + at, At(b_.dy) + at, At(b_.dx) + at, s};
+  }
+
+  void of_samples(int64_t sample, int count, int64_t group, const float* scale, float* dscale,
+                  float* dbias) const {
+    Row rows[2] = {row(sample, group), row(sample + count - 1, group)};
+    if (count == 2 && rows[0].s.is_plain() && rows[1].s.is_plain()) {
+      of_two_(rows, scale, dscale, dbias, s_.width);
     } else {
-      write_dx_row<double>(x[r], dy[r], scale, dx, n, s[r], of[r]);
+      for (int r = 0; r < count; ++r) {
+        (rows[r].s.is_plain() ? of_one_ : wide_)(rows + r, scale, dscale, dbias, s_.width);
+      }
     }
+    for (int r = 0; r < count; ++r) write(rows[r], scale);
   }
-}
+
+  void write(Row& row, const float* scale) const {
+    if (!b_.centered) row.a = 0;
+    const bool is_plain =
+        row.s.is_plain() && correction_of<float>(row.s, row.a, row.c).is_plain();
+    (is_plain ? write_ : write_wide_)(row, scale, s_.width);
+  }
+
+  const Backward& b_;
+  const Shape& s_;
+  const float* scale_;
+  void (*of_two_)(Row*, const float*, float*, float*, int64_t);
+  decltype(of_two_) of_one_, wide_;
+  void (*write_)(const Row&, const float*, int64_t);
+  decltype(write_) write_wide_;
+};
 
 // Adds sums in float32 to those in float64, and clears them.
 inline void flush(float* from, double* to, int64_t n) {
-  sweep<Doubles, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
-    store(to + i, load<Doubles>(to + i, lanes) + load<Doubles>(from + i, lanes), lanes);
-    store(from + i, Doubles{}, lanes);
-  });
+  for (int64_t i = 0; i < n; i += kLanes<Doubles>) {
+    store(to + i, load<Doubles>(to + i) + load<Doubles>(from + i));
+    store(from + i, Doubles{});
+  }
 }
 
-template <class X, class DY>
-bool backward_rows(const Backward& b, const float* scale, Workers& workers) {
-  // Rows whose dscale and dbias are summed in float32.
+inline bool backward_rows(const Backward& b, const float* scale, Workers& workers) {
+  // Samples whose dscale and dbias are summed in float32.
   constexpr int64_t kBlock = 32;
-  const Shape& s = b.shape;
-  const int64_t channels = s.channels();
-  const Chunks chunks(s);
+  const int64_t length = padded(b.shape.channels());
+  const BackwardRows rows(b, scale);
+  const Chunks chunks(b.shape);
   const ParameterSums sums(b, chunks, workers);
-  const Memory<float> blocks(2 * channels * workers.count());
+  const Memory<float> blocks(2 * length * workers.count());
   if (!sums.ok() || !blocks.data()) return false;
-  for (int64_t i = 0; i < 2 * channels * workers.count(); ++i) blocks.data()[i] = 0;
-  const auto run = [&](int64_t chunk, int64_t worker) {
-    float* dscale = blocks.data() + 2 * channels * worker;
-    float* dbias = dscale + channels;
-    const float* of_row = scale + chunks.row(chunk) * channels;
+  for (int64_t i = 0; i < 2 * length * workers.count(); ++i) blocks.data()[i] = 0;
+  chunks.run(workers, b.shape.size(), [&](int64_t chunk, int64_t worker) {
+    float* of_block = blocks.data() + 2 * length * worker;
     double* of_chunk = sums.open(chunk, worker);
     const int64_t end = chunks.end(chunk);
     for (int64_t n = chunks.begin(chunk); n < end; n += kBlock) {
-      const int64_t stop = least(end, n + kBlock);
-      for (int64_t i = n; i < stop; i += 2) {
-        for (int64_t g = 0; g < s.groups; ++g) {
-          const int64_t k = g * s.width;
-          if (i + 1 < stop) {
-            backward_rows_of<float, 2, X, DY>(b, i, g, of_row + k, dscale + k, dbias + k);
-          } else {
-            backward_rows_of<float, 1, X, DY>(b, i, g, of_row + k, dscale + k, dbias + k);
-          }
-        }
-      }
-      flush(dscale, of_chunk, channels);
-      flush(dbias, of_chunk + channels, channels);
+      rows(n, least(end, n + kBlock), of_block, of_block + length);
+      flush(of_block, of_chunk, 2 * length);
     }
     sums.close(chunk, of_chunk);
-  };
-  chunks.run(workers, s.size(), run);
+  });
   sums.finish();
   return true;
 }

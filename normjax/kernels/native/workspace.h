@@ -26,16 +26,42 @@ class Memory {
   T* data_ = nullptr;
 };
 
-// Calls what(T()) with the C++ type of an array's elements.
+// What what(T()) returns, with the C++ type of an array's elements; of two arrays, what
+// what(T(), U()) does. Only the loops over elements know their types: see `At`.
 template <class What>
-bool with_type(Type type, What what) {
+auto of_type(Type type, What what) {
   switch (type) {
-    case Type::kFloat32: return what(float());
     case Type::kBfloat16: return what(Bfloat16());
     case Type::kFloat16: return what(Float16());
+    default: return what(float());
   }
-  return false;
 }
+template <class What>
+auto of_types(Type first, Type second, What what) {
+  return of_type(first, [=](auto t) {
+    return of_type(second, [=](auto u) { return what(t, u); });
+  });
+}
+
+// A place in an array of any type.
+struct At {
+  char* data;
+  Type type;
+
+  explicit At(const Array& a) : data(static_cast<char*>(a.data)), type(a.type) {}
+  At operator+(int64_t elements) const {
+    At to = *this;
+    to.data += elements * (type == Type::kFloat32 ? 4 : 2);
+    return to;
+  }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+  double first() const {
+    return of_type(type, [&](auto t) { return first_of(as<decltype(t)>()); });
+  }
+};
 
 // A parameter in float32: as it lies there, or converted, or where there is none,
 // `absent`.
@@ -48,12 +74,11 @@ class Parameter {
     } else if (own_.data() && !of.data) {
       for (int64_t i = 0; i < count; ++i) own_.data()[i] = absent;
     } else if (own_.data()) {
-      with_type(of.type, [&](auto t) {
+      of_type(of.type, [&](auto t) {
         const auto* p = static_cast<const decltype(t)*>(of.data);
         sweep<Floats, 1>(count, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
           store(own_.data() + i, load<Floats>(p + i, lanes), lanes);
         });
-        return true;
       });
     }
   }
@@ -69,6 +94,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t clamped(int64_t v, int64_t low, int64_t high) { return most(low, least(v, high)); }
+
+// The length of an array of sums, which is read and written in whole vectors.
+inline int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }
 
 // Elements below which waking another thread costs more than it saves.
 constexpr int64_t kAlone = 1 << 15;
@@ -126,16 +154,17 @@ class ParameterSums {
   ParameterSums(const Backward& b, const Chunks& chunks, const Workers& workers)
       : chunks_(chunks),
         channels_(b.shape.channels()),
+        padded_(padded(channels_)),
         dscale_(b.dscale),
         dbias_(b.dbias),
         // A row of one chunk is written at once, and its sums need not be kept.
-        sums_(2 * channels_ * (chunks.per_row > 1 ? chunks.count : workers.count())) {}
+        sums_(2 * padded_ * (chunks.per_row > 1 ? chunks.count : workers.count())) {}
   bool ok() const { return sums_.data(); }
 
-  // The sums of a chunk that a worker begins: dscale, then dbias.
+  // The sums of a chunk that a worker begins: dscale, and `padded` further dbias.
   double* open(int64_t chunk, int64_t worker) const {
     double* sums = at(chunks_.per_row > 1 ? chunk : worker);
-    for (int64_t i = 0; i < 2 * channels_; ++i) sums[i] = 0;
+    for (int64_t i = 0; i < 2 * padded_; ++i) sums[i] = 0;
     return sums;
   }
   void close(int64_t chunk, const double* sums) const {
@@ -148,22 +177,22 @@ class ParameterSums {
   }
 
  private:
-  double* at(int64_t slot) const { return sums_.data() + 2 * channels_ * slot; }
+  double* at(int64_t slot) const { return sums_.data() + 2 * padded_ * slot; }
   void write(const double* first, int64_t row) const {
     if (dscale_) add_up(first, dscale_ + row * channels_);
-    if (dbias_) add_up(first + channels_, dbias_ + row * channels_);
+    if (dbias_) add_up(first + padded_, dbias_ + row * channels_);
   }
   void add_up(const double* first, float* out) const {
     sweep<Doubles, 1>(channels_, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
       Doubles sum = {};
       for (int64_t j = 0; j < chunks_.per_row; ++j) {
-        sum += load<Doubles>(first + 2 * channels_ * j + i, lanes);
+        sum += load<Doubles>(first + 2 * padded_ * j + i);
       }
       store(out + i, sum, lanes);
     });
   }
   Chunks chunks_;
-  int64_t channels_;
+  int64_t channels_, padded_;
   float *dscale_, *dbias_;
   Memory<double> sums_;
 };
