@@ -5,6 +5,7 @@ with it serves every Python of its platform. Without a compiler, or with one tha
 the package installs without them and works; `UNBUILT` then holds the reason.
 """
 
+import hashlib
 import os
 import pathlib
 import platform
@@ -17,6 +18,7 @@ import tempfile
 
 NATIVE = pathlib.Path("normjax/kernels/native")
 LIBRARY = NATIVE / "libnormjax.so"
+HASH = NATIVE / "libnormjax.sha256"
 UNBUILT = NATIVE / "unbuilt.txt"
 
 # Instruction sets, by the kernels' namespaces. On machines of other kinds the compiler's
@@ -109,14 +111,17 @@ def compiled(root: pathlib.Path) -> None:
         except Unbuilt:
             run(link)
         # In one step: a process that has the old one loaded keeps it.
-        shutil.copy(f"{folder}/{LIBRARY.name}", root / f"{LIBRARY}.new")
-        os.replace(root / f"{LIBRARY}.new", root / LIBRARY)
+        new = root / f"{LIBRARY}.new"
+        shutil.copy(f"{folder}/{LIBRARY.name}", new)
+        # A library that was cut short would end the process that loads it.
+        (root / HASH).write_text(hashlib.sha256(new.read_bytes()).hexdigest() + "\n")
+        os.replace(new, root / LIBRARY)
 
 
 def build(root: str | os.PathLike = ".") -> str | None:
     """Builds the library, or leaves the reason why not, which it returns."""
     root = pathlib.Path(root)
-    for old in (LIBRARY, UNBUILT):
+    for old in (LIBRARY, HASH, UNBUILT):
         (root / old).unlink(missing_ok=True)
     try:
         compiled(root)
@@ -149,7 +154,7 @@ else:
                 self.app.display_warning(f"normjax without its CPU kernels: {reason}")
                 build_data["artifacts"].append(f"/{UNBUILT}")
                 return
-            build_data["artifacts"].append(f"/{LIBRARY}")
+            build_data["artifacts"] += [f"/{LIBRARY}", f"/{HASH}"]
             build_data["pure_python"] = False
             build_data["tag"] = wheel_tag()
 

@@ -478,6 +478,14 @@ def test_a_library_that_does_not_load_is_said_once_and_not_used(damage, tmp_path
 # The canonical form. ----------------------------------------------------------------
 
 
+@needs_native
+def test_a_library_for_a_newer_interface_of_xla_is_refused():
+    library._check_interface((0, 1))
+    for newer in ((0, 999), (1, 0)):
+        with pytest.raises(ValueError, match="built for XLA's interface"):
+            library._check_interface(newer)
+
+
 def form(shape, axes, *parameters, group_axes=(), groups=0):
     return canonical.of(shape, axes, group_axes, groups, list(parameters))
 

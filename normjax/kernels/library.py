@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ _FOLDER = pathlib.Path(__file__).parent / "native"
 _LIBRARY = _FOLDER / "libnormjax.so"
 _UNBUILT = _FOLDER / "unbuilt.txt"
 _TARGETS = ("normjax_forward", "normjax_backward")
+_VERSION = "normjax_api_version"
 _DTYPES = ("float32", "bfloat16", "float16")
 # Without one, an operand that is None.
 _NONE = (0,)
@@ -35,6 +37,7 @@ def missing() -> str | None:
     try:
         _check_whole(_LIBRARY)
         library = ctypes.CDLL(str(_LIBRARY))
+        _check_interface(tuple((ctypes.c_int32 * 2).in_dll(library, _VERSION)))
         for target in _TARGETS:
             handler = jax.ffi.pycapsule(getattr(library, target))
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
@@ -59,6 +62,22 @@ def _check_whole(path: pathlib.Path) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != built:
         raise ValueError(f"{path} is not the file that was built, and may be damaged")
+
+
+def _check_interface(built_for: tuple[int, int]) -> None:
+    """Refuses a library that was built for a newer interface of XLA than there is.
+
+    Registering its handlers would leave JAX without CPUs.
+    """
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+    number = re.compile(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)")
+    here = {name: int(n) for name, n in number.findall(header.read_text())}
+    major, minor = here["MAJOR"], here["MINOR"]
+    if built_for[0] != major or built_for[1] > minor:
+        raise ValueError(
+            f"it is built for XLA's interface {built_for[0]}.{built_for[1]}, and this"
+            f" jaxlib has {major}.{minor}"
+        )
 
 
 def form_of(how: Any, x: Any, scale: Any, bias: Any) -> canonical.Form | None:
