@@ -175,6 +175,8 @@ def _again_body(how: How, x, scale, bias, mean, rest, held):
 
 
 def _tangent_body(how: How, x, scale, bias, mean, rest, var, *dots):
+    if not how.r.centered:
+        mean = rest = jnp.zeros_like(var)
     m = Kept(jnp.full_like(var, how.count(x.shape)), mean, rest, var)
     dots = _tangent(how.r, how.epsilon, how.dtype, x, scale, bias, None, m, *dots, None)
     y_dot, mean_dot, *_, var_dot, held_dot = dots
@@ -228,8 +230,10 @@ _forward.recomputation(MOMENTS, 3, _again)
 @_forward.derivative
 def _(how, operands, tangents):
     results = _forward(how, *operands)
-    _, *moments, _ = results
-    return results, _tangents(how, *operands, *moments, *tangents)
+    _, mean, rest, held, _ = results
+    if not how.r.centered:  # the means are zero, and need not be kept
+        mean = rest = None
+    return results, _tangents(how, *operands, mean, rest, held, *tangents)
 
 
 @_tangents.transposition

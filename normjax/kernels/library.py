@@ -137,6 +137,8 @@ def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *_) -> list:
     """The cotangents of x, and of scale and bias where they are there."""
     form = form_of(how, x, scale, bias)
     _, _, g, k = form.shape
+    if not how.r.centered:
+        mean = rest = jnp.zeros_like(var)
     shapes = [
         _NONE if a is None else (form.parameters, g, k) for a in (scale, bias)
     ]
