@@ -44,6 +44,8 @@ class Operation:
         axis, the first.
       results: ``results(how, *operands) -> shapes and dtypes``, those of the results.
       native: how it runs on a CPU by a library; if None, by the body.
+      bodies: the body for some platforms, where their compilers make more of another
+        than the definition.
       parameters: the numbers of operands that may stay of size 1 along an axis of
         `jax.vmap`, all alike.
     """
@@ -55,6 +57,7 @@ class Operation:
         results: Callable,
         native: Native | None = None,
         parameters: tuple[int, ...] = (),
+        bodies: dict[str, Callable] | None = None,
     ):
         self.primitive = p = Primitive(name)
         self._body, self._results, self._native = body, results, native
@@ -66,6 +69,9 @@ class Operation:
         ad.primitive_jvps[p] = self._jvp
         batching.primitive_batchers[p] = self._batched
         mlir.register_lowering(p, self._elsewhere)
+        for platform, of_platform in (bodies or {}).items():
+            rule = functools.partial(self._elsewhere, body=of_platform)
+            mlir.register_lowering(p, rule, platform=platform)
         if native is not None:
             mlir.register_lowering(p, self._on_cpu, platform="cpu")
 
@@ -117,7 +123,7 @@ class Operation:
         partial_eval.partial_eval_jaxpr_custom_rules[self.primitive] = rule
 
     def _plain(self, *arrays, how, there):
-        return self._body(how, *spread(arrays, there))
+        return _spread_to(self._body, *arrays, how=how, there=there)
 
     def _impl(self, *arrays, how, there):
         if jax.config.jax_disable_jit:
@@ -172,11 +178,12 @@ class Operation:
         results = self.primitive.bind(*moved, how=how.batched(), there=there)
         return results, [0] * len(results)
 
-    def _elsewhere(self, ctx, *values, how, there):
+    def _elsewhere(self, ctx, *values, how, there, body=None):
         if how.implementation == "native" and self._native is not None:
             platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
             raise choice.refused("native", f"a program for {platforms}")
-        return mlir.lower_fun(self._plain)(ctx, *values, how=how, there=there)
+        call = functools.partial(_spread_to, body or self._body)
+        return mlir.lower_fun(call)(ctx, *values, how=how, there=there)
 
     def _on_cpu(self, ctx, *values, how, there):
         assert self._native is not None
@@ -185,12 +192,9 @@ class Operation:
         if why_not is not None and how.implementation == "native":
             raise choice.refused("native", why_not)
         use_native = why_not is None and how.implementation != "xla"
-        call = self._called if use_native else self._plain
+        body = self._native.call if use_native else self._body
+        call = functools.partial(_spread_to, body)
         return mlir.lower_fun(call)(ctx, *values, how=how, there=there)
-
-    def _called(self, *arrays, how, there):
-        assert self._native is not None
-        return self._native.call(how, *spread(arrays, there))
 
 
 def _split(name, number, again, saveable, unknown, there_anew, eqn):
@@ -232,6 +236,10 @@ def spread(arrays: Sequence, there: tuple[bool, ...]) -> list:
     """Puts None where an operand is not there."""
     rest = iter(arrays)
     return [next(rest) if is_there else None for is_there in there]
+
+
+def _spread_to(body: Callable, *arrays, how, there) -> tuple:
+    return body(how, *spread(arrays, there))
 
 
 def _varying_alike(arrays: list) -> list:
