@@ -11,9 +11,9 @@
 
 namespace normjax::NORMJAX_ISA {
 
-// Rows of a slab that fit a cache near the core.
+// Rows of a slab that fit a cache near the core, and how far ahead to prefetch.
 struct Block {
-  int64_t first, rows, stride, width;
+  int64_t first, rows, stride, width, ahead;
 };
 
 // How a slab is read: as rows of `width` columns. Few channels that fill no vector are
@@ -35,14 +35,17 @@ struct Slab {
   // Calls what(block) for the parts of a piece; the last row, where it is short, is one.
   template <class What>
   void blocks(int64_t piece, What what) const {
-    const int64_t end = rows * (piece + 1) / pieces;
+    const int64_t begin = rows * piece / pieces, end = rows * (piece + 1) / pieces;
     const int64_t last = length - (rows - 1) * width;
     const int64_t whole = end == rows && last < width ? end - 1 : end;
-    const int64_t block = clamped(4096 / width, 8, 32);
-    for (int64_t r = rows * piece / pieces; r < whole; r += block) {
-      what(Block{r * width, least(block, whole - r), width, width});
+    const int64_t of_block = clamped(4096 / width, 8, 32);
+    // Columns are read across the rows, which the machine does not foresee: ask for the
+    // next block. Of long rows it follows each one by itself.
+    const int64_t ahead = width < 1024 ? of_block * width : 128;
+    for (int64_t r = begin; r < whole; r += of_block) {
+      what(Block{r * width, least(of_block, whole - r), width, width, ahead});
     }
-    if (whole < end) what(Block{whole * width, 1, width, last});
+    if (whole < end) what(Block{whole * width, 1, width, last, 0});
   }
 };
 
@@ -113,6 +116,11 @@ NORMJAX_INLINE void store_strip(T* to, const V (&from)[U]) {
   NORMJAX_UNROLLED for (int u = 0; u < U; ++u) store(to + u * kLanes<V>, from[u]);
 }
 
+// The vectors of a strip that fill a line of 64 bytes of the output: what is written past
+// the caches must be whole lines.
+template <class V, class T>
+constexpr int kStrip = 64 / (kLanes<V> * static_cast<int>(sizeof(T)));
+
 // Adds the distances of a block to their shift, and the squares of the distances.
 template <class X>
 void add_distances(At at, Block b, const double* shift, double* distances, double* squares) {
@@ -126,6 +134,7 @@ void add_distances(At at, Block b, const double* shift, double* distances, doubl
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t k = r * b.stride + i + u * kLanes<Doubles>;
+        if (u == 0) __builtin_prefetch(x + k + b.ahead);
         const Doubles v = load<Doubles>(x + k, lanes);
         const Doubles d = filled(v, lanes, from[u]) - from[u];
         d1[u] += d;
@@ -138,12 +147,12 @@ void add_distances(At at, Block b, const double* shift, double* distances, doubl
 }
 
 // y = (x - mean) * factor + term, each by column.
-template <class Real, class X, class Y>
+template <class Real, bool Past, class X, class Y>
 void write_columns(At of_x, At of_y, Block b, const State& state) {
   using V = Vec<Real>;
   const X* x = of_x.as<X>();
   Y* y = of_y.as<Y>();
-  strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+  strips<V, kStrip<V, Y>>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count;
     V m[U], f[U], t[U];
     load_strip(m, state.factor<Real>(0) + i);
@@ -152,7 +161,8 @@ void write_columns(At of_x, At of_y, Block b, const State& state) {
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
-        store(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
+        if (u == 0) __builtin_prefetch(x + at + b.ahead);
+        store<Past>(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
       }
     }
   });
@@ -163,11 +173,14 @@ class ForwardColumns {
   ForwardColumns(const Forward& f, const float* scale, const float* bias)
       : f_(f), s_(f.shape), slab_(f.shape), scale_(scale), bias_(bias) {
     add_ = of_type(f.x.type, [](auto x) { return &add_distances<decltype(x)>; });
-    write_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_columns<float, decltype(x), decltype(y)>;
+    const bool past = goes_past(f.y, s_.size(), slab_.width, 64);
+    write_ = of_types(f.x.type, f.y.type, [=](auto x, auto y) {
+      using X = decltype(x);
+      using Y = decltype(y);
+      return past ? &write_columns<float, true, X, Y> : &write_columns<float, false, X, Y>;
     });
     write_wide_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_columns<double, decltype(x), decltype(y)>;
+      return &write_columns<double, false, decltype(x), decltype(y)>;
     });
   }
 
@@ -205,6 +218,7 @@ class ForwardColumns {
     const At y = At(f_.y) + sample * slab_.length;
     const auto write = state.is_plain() ? write_ : write_wide_;
     slab_.blocks(piece, [&](Block b) { write(x(sample) + b.first, y + b.first, b, state); });
+    end_writing_past();
   }
 
  private:
@@ -298,11 +312,11 @@ inline bool forward_columns(const Forward& f, const float* scale, const float* b
 
 // Adds dy * (x - mean) and dy of a block, in float32 where Real is.
 template <class Real, class X, class DY>
-void add_products(At of_x, At of_g, Block b, const State& state, double* products,
-                  double* of_dy) {
+void add_products(At of_x, At of_dy, Block b, const State& state, double* products,
+                  double* sums) {
   using V = Vec<Real>;
   const X* x = of_x.as<X>();
-  const DY* dy = of_g.as<DY>();
+  const DY* dy = of_dy.as<DY>();
   strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count, w = kLanes<V>;
     V m[U], p[U] = {}, q[U] = {};
@@ -310,6 +324,10 @@ void add_products(At of_x, At of_g, Block b, const State& state, double* product
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * w;
+        if (u == 0) {
+          __builtin_prefetch(x + at + b.ahead);
+          __builtin_prefetch(dy + at + b.ahead);
+        }
         const V g = load<V>(dy + at, lanes);
         p[u] += g * (load<V>(x + at, lanes) - m[u]);
         q[u] += g;
@@ -317,19 +335,19 @@ void add_products(At of_x, At of_g, Block b, const State& state, double* product
     }
     NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
       add_wide(products + i + u * w, p[u]);
-      add_wide(of_dy + i + u * w, q[u]);
+      add_wide(sums + i + u * w, q[u]);
     }
   });
 }
 
 // dx = dy * factor + (x - mean) * slope + offset, each by column.
-template <class Real, class X, class DY>
+template <class Real, bool Past, class X, class DY>
 void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) {
   using V = Vec<Real>;
   const X* x = of_x.as<X>();
   const DY* dy = of_dy.as<DY>();
   X* dx = of_dx.as<X>();
-  strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+  strips<V, kStrip<V, X>>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count;
     V m[U], f[U], s[U], o[U];
     load_strip(m, state.factor<Real>(0) + i);
@@ -339,8 +357,12 @@ void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) 
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
+        if (u == 0) {
+          __builtin_prefetch(x + at + b.ahead);
+          __builtin_prefetch(dy + at + b.ahead);
+        }
         const V d = load<V>(x + at, lanes) - m[u];
-        store(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
+        store<Past>(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
       }
     }
   });
@@ -357,11 +379,14 @@ class BackwardColumns {
     add_wide_ = of_types(x, dy, [](auto t, auto u) {
       return &add_products<double, decltype(t), decltype(u)>;
     });
-    write_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_columns<float, decltype(t), decltype(u)>;
+    const bool past = goes_past(b.dx, s_.size(), slab_.width, 64);
+    write_ = of_types(x, dy, [=](auto t, auto u) {
+      using X = decltype(t);
+      using DY = decltype(u);
+      return past ? &write_dx_columns<float, true, X, DY> : &write_dx_columns<float, false, X, DY>;
     });
     write_wide_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_columns<double, decltype(t), decltype(u)>;
+      return &write_dx_columns<double, false, decltype(t), decltype(u)>;
     });
   }
 
@@ -402,6 +427,7 @@ class BackwardColumns {
     slab_.blocks(piece, [&](Block b) {
       write(x(sample) + b.first, dy(sample) + b.first, dx + b.first, b, state);
     });
+    end_writing_past();
   }
 
  private:
