@@ -21,6 +21,9 @@ struct Block {
 // may be a part of one.
 struct Slab {
   int64_t channels, copies, width, padded, length, rows, pieces;
+  // Rows of a block: few sums stay in registers for many rows, while what is written is
+  // better written in order.
+  int64_t rows_to_read, rows_to_write;
 
   explicit Slab(const Shape& s) : channels(s.channels()), length(s.per_sample()) {
     int64_t common = 16;
@@ -30,15 +33,16 @@ struct Slab {
     padded = normjax::NORMJAX_ISA::padded(width);
     rows = ceil_div(length, width);
     pieces = clamped(least(length >> 16, rows / 64), 1, 64);
+    rows_to_read = clamped(4096 / width, 8, 32);
+    rows_to_write = clamped(512 / width, 2, 32);
   }
 
   // Calls what(block) for the parts of a piece; the last row, where it is short, is one.
   template <class What>
-  void blocks(int64_t piece, What what) const {
+  void blocks(int64_t piece, int64_t of_block, What what) const {
     const int64_t begin = rows * piece / pieces, end = rows * (piece + 1) / pieces;
     const int64_t last = length - (rows - 1) * width;
     const int64_t whole = end == rows && last < width ? end - 1 : end;
-    const int64_t of_block = clamped(4096 / width, 8, 32);
     // Columns are read across the rows, which the machine does not foresee: ask for the
     // next block. Of long rows it follows each one by itself.
     const int64_t ahead = width < 1024 ? of_block * width : 128;
@@ -59,7 +63,8 @@ class State {
   // Whether the sample is worked on in float32: see `Standard::is_plain`.
   bool is_plain() const { return *plain_ != 0; }
   void set_plain(bool value) const { *plain_ = value; }
-  double* shift() const { return memory_; }
+  double* shift() const { return memory_; }  // of the forward pass, by column
+  double* rstd() const { return memory_; }   // of the backward pass, by group
   // The factors of y or dx, in float32 or float64: see `write_columns`.
   template <class Real>
   Real* factor(int i) const {
@@ -200,7 +205,9 @@ class ForwardColumns {
   void add(int64_t sample, int64_t piece, const State& state) const {
     double *d1 = state.sums(piece, 0), *d2 = state.sums(piece, 1);
     for (int64_t i = 0; i < slab_.padded; ++i) d1[i] = d2[i] = 0;
-    slab_.blocks(piece, [&](Block b) { add_(x(sample) + b.first, b, state.shift(), d1, d2); });
+    slab_.blocks(piece, slab_.rows_to_read, [&](Block b) {
+      add_(x(sample) + b.first, b, state.shift(), d1, d2);
+    });
   }
 
   // From the sums of all pieces, the moments and the factors of y.
@@ -208,16 +215,27 @@ class ForwardColumns {
     state.add_pieces(slab_);
     bool is_plain = true;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      is_plain = moments(sample, g, state).is_plain() && is_plain;
+      const Standard s = moments(sample, g, state);
+      is_plain = factors<float>(sample, g, s, state) && is_plain;
     }
-    state.set_plain(is_plain && factors<float>(sample, state));
-    if (!state.is_plain()) factors<double>(sample, state);
+    state.set_plain(is_plain);
+    for (int64_t g = 0; !is_plain && g < s_.groups; ++g) {
+      const int64_t set = sample * s_.groups + g;
+      const Standard s = standard_of(f_.mean[set], f_.rest[set], f_.var[set], f_.epsilon);
+      factors<double>(sample, g, s, state);
+    }
+    for (int i = 0; i < 3; ++i) {
+      if (is_plain) repeat(state.factor<float>(i), slab_);
+      else repeat(state.factor<double>(i), slab_);
+    }
   }
 
   void write(int64_t sample, int64_t piece, const State& state) const {
     const At y = At(f_.y) + sample * slab_.length;
     const auto write = state.is_plain() ? write_ : write_wide_;
-    slab_.blocks(piece, [&](Block b) { write(x(sample) + b.first, y + b.first, b, state); });
+    slab_.blocks(piece, slab_.rows_to_write, [&](Block b) {
+      write(x(sample) + b.first, y + b.first, b, state);
+    });
     end_writing_past();
   }
 
@@ -237,24 +255,19 @@ class ForwardColumns {
     return standard_of(m, f_.epsilon);
   }
 
-  // Returns whether Real can hold the factors.
+  // Returns whether Real is wide enough for what it writes.
   template <class Real>
-  bool factors(int64_t sample, const State& state) const {
+  bool factors(int64_t sample, int64_t group, const Standard& s, const State& state) const {
+    const int64_t row = s_.row_of(sample) * slab_.channels;
     Real *mean = state.factor<Real>(0), *factor = state.factor<Real>(1);
     Real* term = state.factor<Real>(2);
-    const int64_t row = s_.row_of(sample) * slab_.channels;
-    bool is_plain = true;
-    for (int64_t g = 0; g < s_.groups; ++g) {
-      const int64_t set = sample * s_.groups + g;
-      const Standard s = standard_of(f_.mean[set], f_.rest[set], f_.var[set], f_.epsilon);
-      for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
-        const double by = s.rstd * scale_[row + c];
-        mean[c] = s.mean_in<Real>(), factor[c] = by;
-        term[c] = bias_[row + c] - part(s.rest_in<Real>(), by);
-        is_plain = is_plain && std::fabs(by) < 0x1p100;
-      }
+    bool is_plain = s.is_plain();
+    for (int64_t c = group * s_.width; c < (group + 1) * s_.width; ++c) {
+      const double by = s.rstd * scale_[row + c];
+      mean[c] = s.mean_in<Real>(), factor[c] = by;
+      term[c] = bias_[row + c] - part(s.rest_in<Real>(), by);
+      is_plain = is_plain && std::fabs(by) < 0x1p100;
     }
-    for (Real* a : {mean, factor, term}) repeat(a, slab_);
     return is_plain;
   }
 
@@ -395,7 +408,10 @@ class BackwardColumns {
   void begin(int64_t sample, const State& state) const {
     bool is_plain = true;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      is_plain = is_plain && standard(sample, g).is_plain();
+      const int64_t set = sample * s_.groups + g;
+      const Standard s = standard_of(b_.mean[set], b_.rest[set], b_.var[set], b_.epsilon);
+      state.rstd()[g] = s.rstd;
+      is_plain = is_plain && s.is_plain();
     }
     state.set_plain(is_plain);
     if (is_plain) means<float>(sample, state);
@@ -406,7 +422,7 @@ class BackwardColumns {
     double *products = state.sums(piece, 0), *of_dy = state.sums(piece, 1);
     for (int64_t i = 0; i < slab_.padded; ++i) products[i] = of_dy[i] = 0;
     const auto add = state.is_plain() ? add_ : add_wide_;
-    slab_.blocks(piece, [&](Block b) {
+    slab_.blocks(piece, slab_.rows_to_read, [&](Block b) {
       add(x(sample) + b.first, dy(sample) + b.first, b, state, products, of_dy);
     });
   }
@@ -417,14 +433,16 @@ class BackwardColumns {
     state.add_pieces(slab_);
     if (state.is_plain()) add_up<float>(sample, state, dscale, dbias);
     else add_up<double>(sample, state, dscale, dbias);
-    state.set_plain(state.is_plain() && factors<float>(sample, state));
-    if (!state.is_plain()) factors<double>(sample, state);
+    if (state.is_plain() && factors<float>(sample, state)) return;
+    state.set_plain(false);
+    means<double>(sample, state);
+    factors<double>(sample, state);
   }
 
   void write(int64_t sample, int64_t piece, const State& state) const {
     const At dx = At(b_.dx) + sample * slab_.length;
     const auto write = state.is_plain() ? write_ : write_wide_;
-    slab_.blocks(piece, [&](Block b) {
+    slab_.blocks(piece, slab_.rows_to_write, [&](Block b) {
       write(x(sample) + b.first, dy(sample) + b.first, dx + b.first, b, state);
     });
     end_writing_past();
@@ -434,9 +452,9 @@ class BackwardColumns {
   At x(int64_t sample) const { return At(b_.x) + sample * slab_.length; }
   At dy(int64_t sample) const { return At(b_.dy) + sample * slab_.length; }
 
-  Standard standard(int64_t sample, int64_t group) const {
+  Standard standard(int64_t sample, int64_t group, const State& state) const {
     const int64_t set = sample * s_.groups + group;
-    return standard_of(b_.mean[set], b_.rest[set], b_.var[set], b_.epsilon);
+    return {b_.mean[set], b_.rest[set], state.rstd()[group]};
   }
 
   template <class Real>
@@ -444,7 +462,7 @@ class BackwardColumns {
     Real* mean = state.factor<Real>(0);
     for (int64_t i = 0; i < slab_.padded; ++i) mean[i] = 0;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      const Real of_group = standard(sample, g).template mean_in<Real>();
+      const Real of_group = standard(sample, g, state).template mean_in<Real>();
       for (int64_t k = 0; k < s_.width; ++k) mean[g * s_.width + k] = of_group;
     }
     repeat(mean, slab_);
@@ -454,7 +472,7 @@ class BackwardColumns {
   template <class Real>
   void add_up(int64_t sample, const State& state, double* dscale, double* dbias) const {
     for (int64_t g = 0; g < s_.groups; ++g) {
-      const Standard s = standard(sample, g);
+      const Standard s = standard(sample, g, state);
       for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
         const double of_dy = state.of_channel(slab_, 1, c);
         const double rest = part(s.rest_in<Real>(), of_dy);
@@ -469,7 +487,6 @@ class BackwardColumns {
   bool factors(int64_t sample, const State& state) const {
     const float* scale = scale_ + s_.row_of(sample) * slab_.channels;
     bool is_plain = true;
-    means<Real>(sample, state);
     for (int64_t g = 0; g < s_.groups; ++g) {
       double a = 0, c = 0;
       for (int64_t i = g * s_.width; i < (g + 1) * s_.width; ++i) {
@@ -477,7 +494,7 @@ class BackwardColumns {
         a += state.total(1)[i] * scale[i];
       }
       const double n = s_.per_set();
-      const Standard s = standard(sample, g);
+      const Standard s = standard(sample, g, state);
       const Correction of = correction_of<Real>(s, b_.centered ? a / n : 0, c / n);
       is_plain = is_plain && of.is_plain();
       for (int64_t i = g * s_.width; i < (g + 1) * s_.width; ++i) {

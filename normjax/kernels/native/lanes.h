@@ -214,6 +214,9 @@ NORMJAX_INLINE Vector<float, N> floats(const T* p, Part part) {
   if constexpr (std::is_same_v<T, float> && N == 8) {
     return _mm256_maskload_ps(p, bits_of<__m256i>(counted<Vector<float, 8>>(part)));
   }
+  if constexpr (std::is_same_v<T, float> && N == 4) {
+    return _mm_maskload_ps(p, bits_of<__m128i>(counted<Vector<float, 4>>(part)));
+  }
 #endif
   T lanes[N];
   NORMJAX_UNROLLED for (int i = 0; i < N; ++i) lanes[i] = i < part.count ? p[i] : T();
