@@ -11,9 +11,9 @@
 
 namespace normjax::NORMJAX_ISA {
 
-// Rows of a slab that fit a cache near the core.
+// Rows of a slab that fit a cache near the core, and how far ahead to prefetch.
 struct Block {
-  int64_t first, rows, stride, width;
+  int64_t first, rows, stride, width, ahead;
 };
 
 // How a slab is read: as rows of `width` columns. Few channels that fill no vector are
@@ -21,6 +21,9 @@ struct Block {
 // may be a part of one.
 struct Slab {
   int64_t channels, copies, width, padded, length, rows, pieces;
+  // Rows of a block: few sums stay in registers for many rows, while what is written is
+  // better written in order.
+  int64_t rows_to_read, rows_to_write;
 
   explicit Slab(const Shape& s) : channels(s.channels()), length(s.per_sample()) {
     int64_t common = 16;
@@ -30,19 +33,23 @@ struct Slab {
     padded = normjax::NORMJAX_ISA::padded(width);
     rows = ceil_div(length, width);
     pieces = clamped(least(length >> 16, rows / 64), 1, 64);
+    rows_to_read = clamped(4096 / width, 8, 32);
+    rows_to_write = clamped(512 / width, 2, 32);
   }
 
   // Calls what(block) for the parts of a piece; the last row, where it is short, is one.
   template <class What>
-  void blocks(int64_t piece, What what) const {
-    const int64_t end = rows * (piece + 1) / pieces;
+  void blocks(int64_t piece, int64_t of_block, What what) const {
+    const int64_t begin = rows * piece / pieces, end = rows * (piece + 1) / pieces;
     const int64_t last = length - (rows - 1) * width;
     const int64_t whole = end == rows && last < width ? end - 1 : end;
-    const int64_t block = clamped(4096 / width, 8, 32);
-    for (int64_t r = rows * piece / pieces; r < whole; r += block) {
-      what(Block{r * width, least(block, whole - r), width, width});
+    // Columns are read across the rows, which the machine does not foresee: ask for the
+    // next block. Of long rows it follows each one by itself.
+    const int64_t ahead = width < 1024 ? of_block * width : 128;
+    for (int64_t r = begin; r < whole; r += of_block) {
+      what(Block{r * width, least(of_block, whole - r), width, width, ahead});
     }
-    if (whole < end) what(Block{whole * width, 1, width, last});
+    if (whole < end) what(Block{whole * width, 1, width, last, 0});
   }
 };
 
@@ -56,7 +63,8 @@ class State {
   // Whether the sample is worked on in float32: see `Standard::is_plain`.
   bool is_plain() const { return *plain_ != 0; }
   void set_plain(bool value) const { *plain_ = value; }
-  double* shift() const { return memory_; }
+  double* shift() const { return memory_; }  // of the forward pass, by column
+  double* rstd() const { return memory_; }   // of the backward pass, by group
   // The factors of y or dx, in float32 or float64: see `write_columns`.
   template <class Real>
   Real* factor(int i) const {
@@ -113,6 +121,11 @@ NORMJAX_INLINE void store_strip(T* to, const V (&from)[U]) {
   NORMJAX_UNROLLED for (int u = 0; u < U; ++u) store(to + u * kLanes<V>, from[u]);
 }
 
+// The vectors of a strip that fill a line of 64 bytes of the output: what is written past
+// the caches must be whole lines.
+template <class V, class T>
+constexpr int kStrip = 64 / (kLanes<V> * static_cast<int>(sizeof(T)));
+
 // Adds the distances of a block to their shift, and the squares of the distances.
 template <class X>
 void add_distances(At at, Block b, const double* shift, double* distances, double* squares) {
@@ -126,6 +139,7 @@ void add_distances(At at, Block b, const double* shift, double* distances, doubl
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t k = r * b.stride + i + u * kLanes<Doubles>;
+        if (u == 0) __builtin_prefetch(x + k + b.ahead);
         const Doubles v = load<Doubles>(x + k, lanes);
         const Doubles d = filled(v, lanes, from[u]) - from[u];
         d1[u] += d;
@@ -138,12 +152,12 @@ void add_distances(At at, Block b, const double* shift, double* distances, doubl
 }
 
 // y = (x - mean) * factor + term, each by column.
-template <class Real, class X, class Y>
+template <class Real, bool Past, class X, class Y>
 void write_columns(At of_x, At of_y, Block b, const State& state) {
   using V = Vec<Real>;
   const X* x = of_x.as<X>();
   Y* y = of_y.as<Y>();
-  strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+  strips<V, kStrip<V, Y>>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count;
     V m[U], f[U], t[U];
     load_strip(m, state.factor<Real>(0) + i);
@@ -152,7 +166,8 @@ void write_columns(At of_x, At of_y, Block b, const State& state) {
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
-        store(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
+        if (u == 0) __builtin_prefetch(x + at + b.ahead);
+        store<Past>(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
       }
     }
   });
@@ -163,11 +178,14 @@ class ForwardColumns {
   ForwardColumns(const Forward& f, const float* scale, const float* bias)
       : f_(f), s_(f.shape), slab_(f.shape), scale_(scale), bias_(bias) {
     add_ = of_type(f.x.type, [](auto x) { return &add_distances<decltype(x)>; });
-    write_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_columns<float, decltype(x), decltype(y)>;
+    const bool past = goes_past(f.y, s_.size(), slab_.width, 64);
+    write_ = of_types(f.x.type, f.y.type, [=](auto x, auto y) {
+      using X = decltype(x);
+      using Y = decltype(y);
+      return past ? &write_columns<float, true, X, Y> : &write_columns<float, false, X, Y>;
     });
     write_wide_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_columns<double, decltype(x), decltype(y)>;
+      return &write_columns<double, false, decltype(x), decltype(y)>;
     });
   }
 
@@ -187,7 +205,9 @@ class ForwardColumns {
   void add(int64_t sample, int64_t piece, const State& state) const {
     double *d1 = state.sums(piece, 0), *d2 = state.sums(piece, 1);
     for (int64_t i = 0; i < slab_.padded; ++i) d1[i] = d2[i] = 0;
-    slab_.blocks(piece, [&](Block b) { add_(x(sample) + b.first, b, state.shift(), d1, d2); });
+    slab_.blocks(piece, slab_.rows_to_read, [&](Block b) {
+      add_(x(sample) + b.first, b, state.shift(), d1, d2);
+    });
   }
 
   // From the sums of all pieces, the moments and the factors of y.
@@ -195,16 +215,28 @@ class ForwardColumns {
     state.add_pieces(slab_);
     bool is_plain = true;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      is_plain = moments(sample, g, state).is_plain() && is_plain;
+      const Standard s = moments(sample, g, state);
+      is_plain = factors<float>(sample, g, s, state) && is_plain;
     }
-    state.set_plain(is_plain && factors<float>(sample, state));
-    if (!state.is_plain()) factors<double>(sample, state);
+    state.set_plain(is_plain);
+    for (int64_t g = 0; !is_plain && g < s_.groups; ++g) {
+      const int64_t set = sample * s_.groups + g;
+      const Standard s = standard_of(f_.mean[set], f_.rest[set], f_.var[set], f_.epsilon);
+      factors<double>(sample, g, s, state);
+    }
+    for (int i = 0; i < 3; ++i) {
+      if (is_plain) repeat(state.factor<float>(i), slab_);
+      else repeat(state.factor<double>(i), slab_);
+    }
   }
 
   void write(int64_t sample, int64_t piece, const State& state) const {
     const At y = At(f_.y) + sample * slab_.length;
     const auto write = state.is_plain() ? write_ : write_wide_;
-    slab_.blocks(piece, [&](Block b) { write(x(sample) + b.first, y + b.first, b, state); });
+    slab_.blocks(piece, slab_.rows_to_write, [&](Block b) {
+      write(x(sample) + b.first, y + b.first, b, state);
+    });
+    end_writing_past();
   }
 
  private:
@@ -223,24 +255,19 @@ class ForwardColumns {
     return standard_of(m, f_.epsilon);
   }
 
-  // Returns whether Real can hold the factors.
+  // Returns whether Real is wide enough for what it writes.
   template <class Real>
-  bool factors(int64_t sample, const State& state) const {
+  bool factors(int64_t sample, int64_t group, const Standard& s, const State& state) const {
+    const int64_t row = s_.row_of(sample) * slab_.channels;
     Real *mean = state.factor<Real>(0), *factor = state.factor<Real>(1);
     Real* term = state.factor<Real>(2);
-    const int64_t row = s_.row_of(sample) * slab_.channels;
-    bool is_plain = true;
-    for (int64_t g = 0; g < s_.groups; ++g) {
-      const int64_t set = sample * s_.groups + g;
-      const Standard s = standard_of(f_.mean[set], f_.rest[set], f_.var[set], f_.epsilon);
-      for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
-        const double by = s.rstd * scale_[row + c];
-        mean[c] = s.mean_in<Real>(), factor[c] = by;
-        term[c] = bias_[row + c] - part(s.rest_in<Real>(), by);
-        is_plain = is_plain && std::fabs(by) < 0x1p100;
-      }
+    bool is_plain = s.is_plain();
+    for (int64_t c = group * s_.width; c < (group + 1) * s_.width; ++c) {
+      const double by = s.rstd * scale_[row + c];
+      mean[c] = s.mean_in<Real>(), factor[c] = by;
+      term[c] = bias_[row + c] - part(s.rest_in<Real>(), by);
+      is_plain = is_plain && std::fabs(by) < 0x1p100;
     }
-    for (Real* a : {mean, factor, term}) repeat(a, slab_);
     return is_plain;
   }
 
@@ -298,11 +325,11 @@ inline bool forward_columns(const Forward& f, const float* scale, const float* b
 
 // Adds dy * (x - mean) and dy of a block, in float32 where Real is.
 template <class Real, class X, class DY>
-void add_products(At of_x, At of_g, Block b, const State& state, double* products,
-                  double* of_dy) {
+void add_products(At of_x, At of_dy, Block b, const State& state, double* products,
+                  double* sums) {
   using V = Vec<Real>;
   const X* x = of_x.as<X>();
-  const DY* dy = of_g.as<DY>();
+  const DY* dy = of_dy.as<DY>();
   strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count, w = kLanes<V>;
     V m[U], p[U] = {}, q[U] = {};
@@ -310,6 +337,10 @@ void add_products(At of_x, At of_g, Block b, const State& state, double* product
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * w;
+        if (u == 0) {
+          __builtin_prefetch(x + at + b.ahead);
+          __builtin_prefetch(dy + at + b.ahead);
+        }
         const V g = load<V>(dy + at, lanes);
         p[u] += g * (load<V>(x + at, lanes) - m[u]);
         q[u] += g;
@@ -317,19 +348,19 @@ void add_products(At of_x, At of_g, Block b, const State& state, double* product
     }
     NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
       add_wide(products + i + u * w, p[u]);
-      add_wide(of_dy + i + u * w, q[u]);
+      add_wide(sums + i + u * w, q[u]);
     }
   });
 }
 
 // dx = dy * factor + (x - mean) * slope + offset, each by column.
-template <class Real, class X, class DY>
+template <class Real, bool Past, class X, class DY>
 void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) {
   using V = Vec<Real>;
   const X* x = of_x.as<X>();
   const DY* dy = of_dy.as<DY>();
   X* dx = of_dx.as<X>();
-  strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
+  strips<V, kStrip<V, X>>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count;
     V m[U], f[U], s[U], o[U];
     load_strip(m, state.factor<Real>(0) + i);
@@ -339,8 +370,12 @@ void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) 
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
+        if (u == 0) {
+          __builtin_prefetch(x + at + b.ahead);
+          __builtin_prefetch(dy + at + b.ahead);
+        }
         const V d = load<V>(x + at, lanes) - m[u];
-        store(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
+        store<Past>(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
       }
     }
   });
@@ -357,11 +392,14 @@ class BackwardColumns {
     add_wide_ = of_types(x, dy, [](auto t, auto u) {
       return &add_products<double, decltype(t), decltype(u)>;
     });
-    write_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_columns<float, decltype(t), decltype(u)>;
+    const bool past = goes_past(b.dx, s_.size(), slab_.width, 64);
+    write_ = of_types(x, dy, [=](auto t, auto u) {
+      using X = decltype(t);
+      using DY = decltype(u);
+      return past ? &write_dx_columns<float, true, X, DY> : &write_dx_columns<float, false, X, DY>;
     });
     write_wide_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_columns<double, decltype(t), decltype(u)>;
+      return &write_dx_columns<double, false, decltype(t), decltype(u)>;
     });
   }
 
@@ -370,7 +408,10 @@ class BackwardColumns {
   void begin(int64_t sample, const State& state) const {
     bool is_plain = true;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      is_plain = is_plain && standard(sample, g).is_plain();
+      const int64_t set = sample * s_.groups + g;
+      const Standard s = standard_of(b_.mean[set], b_.rest[set], b_.var[set], b_.epsilon);
+      state.rstd()[g] = s.rstd;
+      is_plain = is_plain && s.is_plain();
     }
     state.set_plain(is_plain);
     if (is_plain) means<float>(sample, state);
@@ -381,7 +422,7 @@ class BackwardColumns {
     double *products = state.sums(piece, 0), *of_dy = state.sums(piece, 1);
     for (int64_t i = 0; i < slab_.padded; ++i) products[i] = of_dy[i] = 0;
     const auto add = state.is_plain() ? add_ : add_wide_;
-    slab_.blocks(piece, [&](Block b) {
+    slab_.blocks(piece, slab_.rows_to_read, [&](Block b) {
       add(x(sample) + b.first, dy(sample) + b.first, b, state, products, of_dy);
     });
   }
@@ -392,25 +433,28 @@ class BackwardColumns {
     state.add_pieces(slab_);
     if (state.is_plain()) add_up<float>(sample, state, dscale, dbias);
     else add_up<double>(sample, state, dscale, dbias);
-    state.set_plain(state.is_plain() && factors<float>(sample, state));
-    if (!state.is_plain()) factors<double>(sample, state);
+    if (state.is_plain() && factors<float>(sample, state)) return;
+    state.set_plain(false);
+    means<double>(sample, state);
+    factors<double>(sample, state);
   }
 
   void write(int64_t sample, int64_t piece, const State& state) const {
     const At dx = At(b_.dx) + sample * slab_.length;
     const auto write = state.is_plain() ? write_ : write_wide_;
-    slab_.blocks(piece, [&](Block b) {
+    slab_.blocks(piece, slab_.rows_to_write, [&](Block b) {
       write(x(sample) + b.first, dy(sample) + b.first, dx + b.first, b, state);
     });
+    end_writing_past();
   }
 
  private:
   At x(int64_t sample) const { return At(b_.x) + sample * slab_.length; }
   At dy(int64_t sample) const { return At(b_.dy) + sample * slab_.length; }
 
-  Standard standard(int64_t sample, int64_t group) const {
+  Standard standard(int64_t sample, int64_t group, const State& state) const {
     const int64_t set = sample * s_.groups + group;
-    return standard_of(b_.mean[set], b_.rest[set], b_.var[set], b_.epsilon);
+    return {b_.mean[set], b_.rest[set], state.rstd()[group]};
   }
 
   template <class Real>
@@ -418,7 +462,7 @@ class BackwardColumns {
     Real* mean = state.factor<Real>(0);
     for (int64_t i = 0; i < slab_.padded; ++i) mean[i] = 0;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      const Real of_group = standard(sample, g).template mean_in<Real>();
+      const Real of_group = standard(sample, g, state).template mean_in<Real>();
       for (int64_t k = 0; k < s_.width; ++k) mean[g * s_.width + k] = of_group;
     }
     repeat(mean, slab_);
@@ -428,7 +472,7 @@ class BackwardColumns {
   template <class Real>
   void add_up(int64_t sample, const State& state, double* dscale, double* dbias) const {
     for (int64_t g = 0; g < s_.groups; ++g) {
-      const Standard s = standard(sample, g);
+      const Standard s = standard(sample, g, state);
       for (int64_t c = g * s_.width; c < (g + 1) * s_.width; ++c) {
         const double of_dy = state.of_channel(slab_, 1, c);
         const double rest = part(s.rest_in<Real>(), of_dy);
@@ -443,7 +487,6 @@ class BackwardColumns {
   bool factors(int64_t sample, const State& state) const {
     const float* scale = scale_ + s_.row_of(sample) * slab_.channels;
     bool is_plain = true;
-    means<Real>(sample, state);
     for (int64_t g = 0; g < s_.groups; ++g) {
       double a = 0, c = 0;
       for (int64_t i = g * s_.width; i < (g + 1) * s_.width; ++i) {
@@ -451,7 +494,7 @@ class BackwardColumns {
         a += state.total(1)[i] * scale[i];
       }
       const double n = s_.per_set();
-      const Standard s = standard(sample, g);
+      const Standard s = standard(sample, g, state);
       const Correction of = correction_of<Real>(s, b_.centered ? a / n : 0, c / n);
       is_plain = is_plain && of.is_plain();
       for (int64_t i = g * s_.width; i < (g + 1) * s_.width; ++i) {

@@ -70,6 +70,26 @@ NORMJAX_INLINE To bits_of(From v) {
   return to;
 }
 
+// Past the caches, to an aligned place: memory is not read before it is written.
+template <class V>
+NORMJAX_INLINE void write_past(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), bits_of<__m512i>(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), bits_of<__m256i>(v));
+  if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), bits_of<__m128i>(v));
+#endif
+  write(p, v);
+}
+// Before what was written so is told to be there.
+NORMJAX_INLINE void end_writing_past() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
+
 // Conversions of N numbers in 16 bits, to and from float32. To nearest, ties to even; NaN
 // stays NaN.
 
@@ -80,11 +100,11 @@ NORMJAX_INLINE Vector<float, N> widened(const Bfloat16* p) {
 }
 
 template <int N>
-NORMJAX_INLINE void narrowed(Bfloat16* p, Vector<float, N> v) {
+NORMJAX_INLINE Vector<uint16_t, N> narrowed(Vector<float, N> v, Bfloat16) {
   const auto bits = bits_of<Vector<uint32_t, N>>(v);
   const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const auto quiet = (bits >> 16) | 0x40;
-  write(p, __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, N>));
+  return __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, N>);
 }
 
 // Of float16 without instructions for it. No step has a subnormal float32, which XLA's
@@ -114,18 +134,16 @@ NORMJAX_INLINE Vector<float, N> widened(const Float16* p) {
 }
 
 template <int N>
-NORMJAX_INLINE void narrowed(Float16* p, Vector<float, N> v) {
+NORMJAX_INLINE Vector<uint16_t, N> narrowed(Vector<float, N> v, Float16) {
   using U = Vector<uint32_t, N>;
   using F = Vector<float, N>;
+  using Bits = Vector<uint16_t, N>;
 #if defined(__F16C__)
-  if constexpr (N == 4) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(v, 0));
-    return;
-  }
-  if constexpr (N == 8) return write(p, _mm256_cvtps_ph(v, 0));
+  if constexpr (N == 4) return bits_of<Bits>(_mm_cvtsi128_si64(_mm_cvtps_ph(v, 0)));
+  if constexpr (N == 8) return bits_of<Bits>(_mm256_cvtps_ph(v, 0));
 #endif
 #if defined(__AVX512F__)
-  if constexpr (N == 16) return write(p, _mm512_maskz_cvtps_ph(-1, v, 0));
+  if constexpr (N == 16) return bits_of<Bits>(_mm512_maskz_cvtps_ph(-1, v, 0));
 #endif
   const U bits = bits_of<U>(v);
   const U size = bits & 0x7fffffff;
@@ -137,7 +155,7 @@ NORMJAX_INLINE void narrowed(Float16* p, Vector<float, N> v) {
                     : size >= 0x477ff000 ? U{} + 0x7c00
                     : size < 0x38800000  ? small
                                          : normal;
-  write(p, __builtin_convertvector(of_size | ((bits >> 16) & 0x8000), Vector<uint16_t, N>));
+  return __builtin_convertvector(of_size | ((bits >> 16) & 0x8000), Bits);
 }
 
 template <int N>
@@ -145,8 +163,8 @@ NORMJAX_INLINE Vector<float, N> widened(const float* p) {
   return read<Vector<float, N>>(p);
 }
 template <int N>
-NORMJAX_INLINE void narrowed(float* p, Vector<float, N> v) {
-  write(p, v);
+NORMJAX_INLINE Vector<float, N> narrowed(Vector<float, N> v, float) {
+  return v;
 }
 
 // Float32 to float64, which GCC 12 would do by halves.
@@ -196,17 +214,21 @@ NORMJAX_INLINE Vector<float, N> floats(const T* p, Part part) {
   if constexpr (std::is_same_v<T, float> && N == 8) {
     return _mm256_maskload_ps(p, bits_of<__m256i>(counted<Vector<float, 8>>(part)));
   }
+  if constexpr (std::is_same_v<T, float> && N == 4) {
+    return _mm_maskload_ps(p, bits_of<__m128i>(counted<Vector<float, 4>>(part)));
+  }
 #endif
   T lanes[N];
   NORMJAX_UNROLLED for (int i = 0; i < N; ++i) lanes[i] = i < part.count ? p[i] : T();
   return widened<N>(lanes);
 }
 
-template <int N, class T>
+template <bool Past, int N, class T>
 NORMJAX_INLINE void put(T* p, Vector<float, N> v, Whole) {
-  narrowed<N>(p, v);
+  if constexpr (Past) write_past(p, narrowed<N>(v, T()));
+  else write(p, narrowed<N>(v, T()));
 }
-template <int N, class T>
+template <bool Past, int N, class T>
 NORMJAX_INLINE void put(T* p, Vector<float, N> v, Part part) {
 #if defined(__AVX__)
   if constexpr (std::is_same_v<T, float> && N == 8) {
@@ -214,7 +236,7 @@ NORMJAX_INLINE void put(T* p, Vector<float, N> v, Part part) {
   }
 #endif
   T lanes[N];
-  narrowed<N>(lanes, v);
+  write(lanes, narrowed<N>(v, T()));
   NORMJAX_UNROLLED for (int i = 0; i < N; ++i) {
     if (i < part.count) p[i] = lanes[i];
   }
@@ -225,10 +247,11 @@ NORMJAX_INLINE V load(const T* p, Lanes lanes = {}) {
   if constexpr (std::is_same_v<Element<V>, float>) return floats<kLanes<V>>(p, lanes);
   else return doubled<V>(floats<kLanes<V>>(p, lanes));
 }
-template <class V, class T, class Lanes = Whole>
+template <bool Past = false, class V, class T, class Lanes = Whole>
 NORMJAX_INLINE void store(T* p, V v, Lanes lanes = {}) {
-  if constexpr (std::is_same_v<Element<V>, float>) put<kLanes<V>>(p, v, lanes);
-  else put<kLanes<V>>(p, __builtin_convertvector(v, Vector<float, kLanes<V>>), lanes);
+  constexpr int N = kLanes<V>;
+  if constexpr (std::is_same_v<Element<V>, float>) put<Past, N>(p, v, lanes);
+  else put<false, N>(p, __builtin_convertvector(v, Vector<float, N>), lanes);
 }
 
 // Of float64, which only sums are: their arrays have room for whole vectors.
@@ -236,10 +259,7 @@ template <class V>
 NORMJAX_INLINE V load(const double* p) {
   return read<V>(p);
 }
-template <class V>
-NORMJAX_INLINE void store(double* p, V v) {
-  write(p, v);
-}
+NORMJAX_INLINE void store(double* p, Doubles v) { write(p, v); }
 
 template <class T>
 NORMJAX_INLINE float first_of(const T* p) {

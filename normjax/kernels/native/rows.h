@@ -23,7 +23,7 @@ Sums row_sums(At at, int64_t n, double shift) {
   return {total(distances), total(squares)};
 }
 
-template <class Real, class X, class Y>
+template <class Real, bool Past, class X, class Y>
 void write_row(At of_x, const float* scale, const float* bias, At of_y, int64_t n,
                const Standard& s) {
   using V = Vec<Real>;
@@ -32,7 +32,7 @@ void write_row(At of_x, const float* scale, const float* bias, At of_y, int64_t 
   const Real mean = s.mean_in<Real>(), rstd = s.rstd, rest = s.rest_in<Real>() * s.rstd;
   sweep<V, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
     const V x_hat = (load<V>(x + i, lanes) - mean) * rstd - rest;
-    store(y + i, x_hat * load<V>(scale + i, lanes) + load<V>(bias + i, lanes), lanes);
+    store<Past>(y + i, x_hat * load<V>(scale + i, lanes) + load<V>(bias + i, lanes), lanes);
   });
 }
 
@@ -44,11 +44,14 @@ class ForwardRows {
       using X = decltype(x);
       return f.centered ? &row_sums<true, X> : &row_sums<false, X>;
     });
-    plain_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_row<float, decltype(x), decltype(y)>;
+    const bool past = goes_past(f.y, f.shape.size(), f.shape.width, kBytes);
+    plain_ = of_types(f.x.type, f.y.type, [=](auto x, auto y) {
+      using X = decltype(x);
+      using Y = decltype(y);
+      return past ? &write_row<float, true, X, Y> : &write_row<float, false, X, Y>;
     });
     wide_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_row<double, decltype(x), decltype(y)>;
+      return &write_row<double, false, decltype(x), decltype(y)>;
     });
   }
 
@@ -79,6 +82,7 @@ inline bool forward_rows(const Forward& f, const float* scale, const float* bias
   parallel(workers, ceil_div(rows, of_task), f.shape.size(), [&](int64_t t, int64_t) {
     const int64_t end = least(rows, (t + 1) * of_task);
     for (int64_t set = t * of_task; set < end; ++set) row(set);
+    end_writing_past();
   });
   return true;
 }
@@ -132,7 +136,7 @@ void row_averages(Row* rows, const float* scale, float* dscale, float* dbias, in
   }
 }
 
-template <class Real, class X, class DY>
+template <class Real, bool Past, class X, class DY>
 void write_dx_row(const Row& row, const float* scale, int64_t n) {
   using V = Vec<Real>;
   const X* x = row.x.template as<X>();
@@ -144,7 +148,7 @@ void write_dx_row(const Row& row, const float* scale, int64_t n) {
   sweep<V, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
     const V d = load<V>(x + i, lanes) - mean;
     const V scaled = load<V>(dy + i, lanes) * load<V>(scale + i, lanes);
-    store(dx + i, scaled * rstd + (d * slope + offset), lanes);
+    store<Past>(dx + i, scaled * rstd + (d * slope + offset), lanes);
   });
 }
 
@@ -161,11 +165,14 @@ class BackwardRows {
     wide_ = of_types(x, dy, [](auto t, auto u) {
       return &row_averages<double, 1, decltype(t), decltype(u)>;
     });
-    write_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_row<float, decltype(t), decltype(u)>;
+    const bool past = goes_past(b.dx, b.shape.size(), b.shape.width, kBytes);
+    write_ = of_types(x, dy, [=](auto t, auto u) {
+      using X = decltype(t);
+      using DY = decltype(u);
+      return past ? &write_dx_row<float, true, X, DY> : &write_dx_row<float, false, X, DY>;
     });
     write_wide_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_row<double, decltype(t), decltype(u)>;
+      return &write_dx_row<double, false, decltype(t), decltype(u)>;
     });
   }
 
@@ -244,6 +251,7 @@ inline bool backward_rows(const Backward& b, const float* scale, Workers& worker
       flush(of_block, of_chunk, 2 * length);
     }
     sums.close(chunk, of_chunk);
+    end_writing_past();
   });
   sums.finish();
   return true;

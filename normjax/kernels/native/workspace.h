@@ -51,13 +51,18 @@ struct At {
   explicit At(const Array& a) : data(static_cast<char*>(a.data)), type(a.type) {}
   At operator+(int64_t elements) const {
     At to = *this;
-    to.data += elements * (type == Type::kFloat32 ? 4 : 2);
+    to.data += elements * size();
     return to;
   }
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data);
   }
+  // Whether rows of so many bytes begin at multiples of `unit`.
+  bool is_aligned(int64_t row_bytes, int64_t unit) const {
+    return (reinterpret_cast<uintptr_t>(data) | row_bytes) % unit == 0;
+  }
+  int64_t size() const { return type == Type::kFloat32 ? 4 : 2; }
   double first() const {
     return of_type(type, [&](auto t) { return first_of(as<decltype(t)>()); });
   }
@@ -102,6 +107,13 @@ inline int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }
 constexpr int64_t kAlone = 1 << 15;
 // Elements of a task, where tasks may be of any size.
 constexpr int64_t kTask = 1 << 15;
+
+// Whether to write an output past the caches, which it would only flush: see `write_past`.
+inline bool goes_past(const Array& a, int64_t count, int64_t row, int64_t unit) {
+  constexpr int64_t kLarge = 8 << 20;  // bytes
+  const At at(a);
+  return count * at.size() >= kLarge && at.is_aligned(row * at.size(), unit);
+}
 
 // Runs task(t, worker) for all t, which together touch so many elements.
 template <class Fn>
