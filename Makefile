@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo compare test test-processes lint types format fuzz mutants test-peers test-wheel test-clients bench compiled compiled-page test-flax accuracy docs notebook clean
+.PHONY: demo compare test test-processes test-native lint types format fuzz mutants test-peers test-wheel test-clients bench compiled compiled-page test-flax accuracy docs notebook clean
 
 demo: $(DONE)
 	$(PY) examples/train_digits.py
@@ -29,6 +29,16 @@ test: $(DONE) $(CHECKS)
 # Real processes that train together, are killed, hang, or are told to leave.
 test-processes: $(DONE)
 	$(PY) -m pytest -m processes -n 2
+
+# The native kernels by themselves, on hostile shapes, under sanitizers of addresses and
+# of what C++ leaves undefined.
+CXX ?= c++
+test-native:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=address,undefined \
+	  -fno-sanitize-recover=all -DNORMJAX_ISA=base -I normjax/kernels/native \
+	  tests/native_sanitized.cc -o build/native_sanitized
+	./build/native_sanitized
 
 # Tests beside torch, Keras, Haiku and Equinox, all of which must be here. Of torch a
 # build for CPUs alone is taken; its index is given as pip takes it, where pip does not

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import normjax
 from normjax import linen, nnx
-from normjax.kernels import canonical, library
+from normjax.kernels import canonical, choice, library
 
 missing = library.missing()
 needs_native = pytest.mark.skipif(
@@ -30,6 +30,15 @@ KEY = jax.random.key(0)
 X = 3 * jax.random.normal(KEY, (4, 6, 8)) + 2
 SCALE = jnp.linspace(0.5, 2.0, 8)
 BIAS = jnp.linspace(-1.0, 1.0, 8)
+
+
+@pytest.fixture(autouse=True)
+def program():
+    """Whatever the environment chooses for all norms."""
+    before = choice.program()
+    normjax.set_implementation(None)
+    yield
+    normjax.set_implementation(before)
 
 
 def batch_norm(*args, **options):
@@ -199,6 +208,7 @@ def over_devices(f, **options):
 
 
 MANY = jnp.tile(X, (2, 1, 1))
+LARGE = jnp.ones((4, 512, 1024))  # more than a cache holds
 WHERE_IT_SERVES = {
     "jit": lambda: both(layer, X, SCALE),
     "vmap": lambda: both(jax.vmap(layer, (0, None)), X, SCALE),
@@ -313,6 +323,28 @@ def test_elsewhere_the_body_runs(case):
 
 
 @needs_native
+def test_columns_beyond_the_caches_leave_y_to_xla():
+    """It reads x for y together with what follows, and stores no y of its own."""
+
+    def f(x, scale):
+        return jax.nn.relu(batch_norm(x, scale))
+
+    program = jax.jit(f).lower(LARGE, jnp.ones(1024)).compile()
+    assert '"normjax_moments"' in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < LARGE.nbytes / 8
+    x = jax.random.normal(KEY, LARGE.shape) - 3
+    scale, bias = jnp.linspace(1, 2, 1024), jnp.linspace(0, 1, 1024)
+    got = batch_norm(x, scale, bias, implementation="native")
+    want = batch_norm(x, scale, bias, implementation="xla")
+    assert_near(got, np.asarray(want), jnp.float32, c=20.0)
+    got = jax.grad(lambda x: (f(x, scale) ** 2).sum())(x)
+    want = jax.grad(
+        lambda x: (jax.nn.relu(batch_norm(x, scale, implementation="xla")) ** 2).sum()
+    )(x)
+    assert_near(got, np.asarray(want), jnp.float32, c=20.0)
+
+
+@needs_native
 def test_cotangents_of_moments_take_the_body_backward(float64):
     def f(x, scale):
         y, m = normjax.batch_norm(x, scale)
@@ -414,17 +446,14 @@ def test_an_implementation_says_why_shapes_and_dtypes_do_not_serve(float64):
 
 @needs_native
 def test_a_program_chooses_for_all_norms_that_name_none():
-    try:
-        normjax.set_implementation("xla")
-        assert both(lambda x, s: normjax.rms_norm(x, s), X, SCALE) == (0, 0)
-        named = functools.partial(normjax.rms_norm, implementation="native")
-        assert both(named, X, SCALE) == (1, 1)
-        normjax.set_implementation("native")
-        # What the kernels do not serve is no error of a call that asked for nothing.
-        normjax.layer_norm(X, where=X > 0)
-        assert both(lambda x, s: normjax.rms_norm(x, s), X, SCALE) == (1, 1)
-    finally:
-        normjax.set_implementation(None)
+    normjax.set_implementation("xla")
+    assert both(lambda x, s: normjax.rms_norm(x, s), X, SCALE) == (0, 0)
+    named = functools.partial(normjax.rms_norm, implementation="native")
+    assert both(named, X, SCALE) == (1, 1)
+    normjax.set_implementation("native")
+    # What the kernels do not serve is no error of a call that asked for nothing.
+    normjax.layer_norm(X, where=X > 0)
+    assert both(lambda x, s: normjax.rms_norm(x, s), X, SCALE) == (1, 1)
     with pytest.raises(ValueError, match="set_implementation: implementation must be"):
         normjax.set_implementation("fast")
 
@@ -432,7 +461,8 @@ def test_a_program_chooses_for_all_norms_that_name_none():
 def run(code, env=(), package=None):
     """Runs code in a process of its own; returns what it prints."""
     path = {"PYTHONPATH": str(package)} if package else {}
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **path, **dict(env)}
+    env = {"NORMJAX_IMPLEMENTATION": "", **path, **dict(env)}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
     command = [sys.executable, "-c", code]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": package}
     done = subprocess.run(command, env=env, **options)
@@ -451,7 +481,7 @@ print(float(normjax.layer_norm(jnp.array([[1.0, 3.0]])).sum()))
 @needs_native
 def test_the_environment_chooses_too():
     assert "body" in run(ONE, {"NORMJAX_IMPLEMENTATION": "xla"})
-    assert "native" in run(ONE, {"NORMJAX_IMPLEMENTATION": ""})
+    assert "native" in run(ONE, {"NORMJAX_IMPLEMENTATION": "native"})
     with pytest.raises(AssertionError, match="NORMJAX_IMPLEMENTATION: implementation"):
         run(ONE, {"NORMJAX_IMPLEMENTATION": "nativ"})
 

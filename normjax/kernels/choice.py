@@ -32,6 +32,11 @@ def set_implementation(implementation: str | None) -> None:
     _program = _named("set_implementation", implementation)
 
 
+def program() -> str | None:
+    """What `set_implementation` or the environment has chosen."""
+    return _program
+
+
 def chosen(name: str, implementation: Any) -> str | None:
     """What a call of the function ``name`` asks for: a name, or None for what serves.
 

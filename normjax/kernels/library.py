@@ -17,7 +17,9 @@ from normjax.kernels import canonical
 _FOLDER = pathlib.Path(__file__).parent / "native"
 _LIBRARY = _FOLDER / "libnormjax.so"
 _UNBUILT = _FOLDER / "unbuilt.txt"
-_TARGETS = ("normjax_forward", "normjax_backward")
+_TARGETS = ("normjax_forward", "normjax_moments", "normjax_backward")
+# A sample of so many values is out of the caches near a core when it was read once.
+_LARGE = 2**20
 _VERSION = "normjax_api_version"
 _DTYPES = ("float32", "bfloat16", "float16")
 # Without one, an operand that is None.
@@ -114,23 +116,25 @@ def why_not_backward(how: Any, *operands: Any) -> str | None:
 
 
 def forward(how: Any, x, scale, bias) -> tuple:
-    """y, and mean, rest and variance as they broadcast against x."""
+    """y, and mean, rest and variance as they broadcast against x.
+
+    y is None where the moments alone are the library's to take: x is then read anew
+    from memory for y, and XLA does that together with the activation that follows.
+    """
     form = form_of(how, x, scale, bias)
-    n, _, g, _ = form.shape
-    of_moments = jax.ShapeDtypeStruct((n, g), jnp.float32)
-    call = jax.ffi.ffi_call(
-        "normjax_forward",
-        (jax.ShapeDtypeStruct(form.shape, how.dtype), *[of_moments] * 3),
-    )
-    y, *moments = call(
-        form.x(x),
-        _parameters(form, scale),
-        _parameters(form, bias),
-        epsilon=np.float64(how.epsilon),
-        centered=np.bool_(how.r.centered),
-    )
+    n, s, g, k = form.shape
+    target, results, operands = "normjax_moments", (), (form.x(x),)
+    attributes = {"centered": np.bool_(how.r.centered)}
+    if s == 1 or s * g * k <= _LARGE:
+        target, results = "normjax_forward", (form.shape,)
+        operands += (_parameters(form, scale), _parameters(form, bias))
+        attributes["epsilon"] = np.float64(how.epsilon)
+    results = [jax.ShapeDtypeStruct(shape, how.dtype) for shape in results]
+    results += [jax.ShapeDtypeStruct((n, g), jnp.float32)] * 3
+    *y, mean, rest, var = jax.ffi.ffi_call(target, results)(*operands, **attributes)
     _, (shape, _), *_ = how.results(x)
-    return y.reshape(x.shape), *(form.from_moments(m, shape) for m in moments)
+    moments = (form.from_moments(m, shape) for m in (mean, rest, var))
+    return y[0].reshape(x.shape) if y else None, *moments
 
 
 def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *_) -> list:

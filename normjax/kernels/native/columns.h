@@ -304,6 +304,7 @@ inline bool forward_columns(const Forward& f, const float* scale, const float* b
         work.begin(n, own);
         for (int64_t p = 0; p < slab.pieces; ++p) work.add(n, p, own);
         work.finish(n, own);
+        if (!f.y.data) continue;
         for (int64_t p = slab.pieces; p-- > 0;) work.write(n, p, own);
       }
     });
@@ -315,6 +316,7 @@ inline bool forward_columns(const Forward& f, const float* scale, const float* b
     work.add(t / slab.pieces, t % slab.pieces, state(t / slab.pieces));
   });
   for (int64_t n = 0; n < samples; ++n) work.finish(n, state(n));
+  if (!f.y.data) return true;
   // What was read last is in cache still.
   parallel(workers, pieces, size, [&](int64_t t, int64_t) {
     const int64_t at = pieces - 1 - t;

@@ -139,6 +139,25 @@ ffi::Error forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer
   return result(kernels().forward(f, workers));
 }
 
+// The moments alone, of columns: for a y that XLA computes together with what follows.
+ffi::Error moments_of(ffi::ThreadPool pool, AnyBuffer x, Out mean, Out rest, Out var,
+                      bool centered) {
+  Check check;
+  Forward f;
+  f.shape = shape_of(check, x, {});
+  if (check.failed()) return check.error();
+  const Shape& s = f.shape;
+  check.that(s.positions != 1, "x", "have columns of more values than one");
+  f.x = check.array("x", x);
+  f.mean = moments(check, "mean", *mean, s);
+  f.rest = moments(check, "rest", *rest, s);
+  f.var = moments(check, "var", *var, s);
+  f.epsilon = 1, f.centered = centered;
+  if (check.failed()) return check.error();
+  PoolWorkers<ffi::ThreadPool> workers(pool);
+  return result(kernels().forward(f, workers));
+}
+
 ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer mean,
                     AnyBuffer rest, AnyBuffer var, AnyBuffer dy, Out dx, Out dscale, Out dbias,
                     double epsilon, bool centered, bool has_bias) {
@@ -170,6 +189,7 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
 // All that the library shows.
 #define NORMJAX_SHOWN extern "C" __attribute__((visibility("default")))
 NORMJAX_SHOWN XLA_FFI_Error* normjax_forward(XLA_FFI_CallFrame*);
+NORMJAX_SHOWN XLA_FFI_Error* normjax_moments(XLA_FFI_CallFrame*);
 NORMJAX_SHOWN XLA_FFI_Error* normjax_backward(XLA_FFI_CallFrame*);
 // The version of XLA's interface that this was built for. An older runtime refuses it, and
 // then has no CPU backend at all: whoever registers the handlers must look first.
@@ -187,6 +207,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(normjax_forward, normjax::forward,
                                   .Ret<xla::ffi::AnyBuffer>()   // rest
                                   .Ret<xla::ffi::AnyBuffer>()   // var
                                   .Attr<double>("epsilon")
+                                  .Attr<bool>("centered"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(normjax_moments, normjax::moments_of,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // x
+                                  .Ret<xla::ffi::AnyBuffer>()   // mean
+                                  .Ret<xla::ffi::AnyBuffer>()   // rest
+                                  .Ret<xla::ffi::AnyBuffer>()   // var
                                   .Attr<bool>("centered"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(normjax_backward, normjax::backward,

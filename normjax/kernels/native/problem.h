@@ -59,7 +59,7 @@ inline bool is_valid(const Shape& s) {
 
 struct Forward {
   Shape shape;
-  Array x, scale, bias, y;
+  Array x, scale, bias, y;  // without y, which columns may be, the moments alone
   float *mean, *rest, *var;  // [N, G]; the mean in two parts
   double epsilon;
   bool centered;
