@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 NATIVE = pathlib.Path("normjax/kernels/native")
 LIBRARY = NATIVE / "libnormjax.so"
@@ -90,16 +91,19 @@ def compiled(root: pathlib.Path) -> None:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = X86_64 if is_x86 else {"base": []}
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
-        for isa, options in sets.items():
-            objects.append(f"{folder}/{isa}.o")
-            define = f"-DNORMJAX_ISA={isa}"
-            output = ["-c", str(source / "kernels.cc"), "-o", objects[-1]]
-            run([*cxx, *OPTIONS, *options, define, *output])
-        objects.append(f"{folder}/handlers.o")
+        units = {
+            isa: ["kernels.cc", f"-DNORMJAX_ISA={isa}", *options]
+            for isa, options in sets.items()
+        }
         # As a system's headers: their warnings are not ours.
-        output = ["-c", str(source / "handlers.cc"), "-o", objects[-1]]
-        run([*cxx, *OPTIONS, "-isystem", include, *output])
+        units["handlers"] = ["handlers.cc", "-isystem", include]
+        objects = [f"{folder}/{name}.o" for name in units]
+        commands = [
+            [*cxx, *OPTIONS, *options, "-c", str(source / file), "-o", output]
+            for (file, *options), output in zip(units.values(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands))
         link = [*cxx, "-shared", *objects, "-o", f"{folder}/{LIBRARY.name}"]
         # With its own C++ library, for machines that have an older one; hidden, so that
         # it is no other's.
