@@ -15,14 +15,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 NATIVE = pathlib.Path("normjax/kernels/native")
 LIBRARY = NATIVE / "libnormjax.so"
 HASH = NATIVE / "libnormjax.sha256"
 UNBUILT = NATIVE / "unbuilt.txt"
 
-# Instruction sets, by the kernels' namespaces. On machines of other kinds the compiler's
-# own.
+# Instruction sets, by the kernels' namespaces. On machines of other kinds there is one,
+# the compiler's own.
 X86_64 = {"base": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
 
 OPTIONS = [
@@ -43,7 +44,7 @@ OPTIONS = [
 ]
 
 
-class Unbuilt(Exception):
+class UnbuiltError(Exception):
     """Why there are no kernels."""
 
 
@@ -54,7 +55,9 @@ def compiler() -> list[str]:
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return [found]
-    raise Unbuilt("no C++ compiler was found: c++, g++, clang++, or the one CXX names")
+    raise UnbuiltError(
+        "no C++ compiler was found: c++, g++, clang++, or the one CXX names"
+    )
 
 
 def headers() -> str:
@@ -62,10 +65,12 @@ def headers() -> str:
     try:
         import jaxlib
     except ImportError as e:
-        raise Unbuilt(f"jaxlib, whose headers are needed, does not import: {e}") from e
+        raise UnbuiltError(
+            f"jaxlib, whose headers are needed, does not import: {e}"
+        ) from e
     folder = pathlib.Path(jaxlib.__file__).parent / "include"
     if not (folder / "xla/ffi/api/ffi.h").exists():
-        raise Unbuilt(f"jaxlib has no headers in {folder}")
+        raise UnbuiltError(f"jaxlib has no headers in {folder}")
     return str(folder)
 
 
@@ -74,41 +79,44 @@ def run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as e:
-        raise Unbuilt(f"{command[0]} does not run: {e}") from e
+        raise UnbuiltError(f"{command[0]} does not run: {e}") from e
     sys.stderr.write(done.stderr)
     if done.returncode:
         said = done.stderr.strip().splitlines()
         error = next((line for line in said if "error" in line), *said[-1:])
-        raise Unbuilt(f"{shlex.join(command)} failed: {error}")
+        raise UnbuiltError(f"{shlex.join(command)} failed: {error}")
 
 
 def compiled(root: pathlib.Path) -> None:
     """Compiles the library of the sources below ``root``."""
     if os.environ.get("NORMJAX_NATIVE") == "0":
-        raise Unbuilt("NORMJAX_NATIVE=0 was set")
+        raise UnbuiltError("NORMJAX_NATIVE=0 was set")
     if os.name == "nt":
-        raise Unbuilt("Windows has no build of them yet")
+        raise UnbuiltError("Windows has no build of them yet")
     cxx, include, source = compiler(), headers(), root / NATIVE
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = X86_64 if is_x86 else {"base": []}
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
-        for isa, options in sets.items():
-            objects.append(f"{folder}/{isa}.o")
-            define = f"-DNORMJAX_ISA={isa}"
-            output = ["-c", str(source / "kernels.cc"), "-o", objects[-1]]
-            run([*cxx, *OPTIONS, *options, define, *output])
-        objects.append(f"{folder}/handlers.o")
+        units = {
+            isa: ["kernels.cc", f"-DNORMJAX_ISA={isa}", *options]
+            for isa, options in sets.items()
+        }
         # As a system's headers: their warnings are not ours.
-        output = ["-c", str(source / "handlers.cc"), "-o", objects[-1]]
-        run([*cxx, *OPTIONS, "-isystem", include, *output])
+        units["handlers"] = ["handlers.cc", "-isystem", include]
+        objects = [f"{folder}/{name}.o" for name in units]
+        commands = [
+            [*cxx, *OPTIONS, *options, "-c", str(source / file), "-o", output]
+            for (file, *options), output in zip(units.values(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands))
         link = [*cxx, "-shared", *objects, "-o", f"{folder}/{LIBRARY.name}"]
         # With its own C++ library, for machines that have an older one; hidden, so that
         # it is no other's.
         own = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s"]
         try:
             run([*link, *own])
-        except Unbuilt:
+        except UnbuiltError:
             run(link)
         # In one step: a process that has the old one loaded keeps it.
         new = root / f"{LIBRARY}.new"
@@ -125,7 +133,7 @@ def build(root: str | os.PathLike = ".") -> str | None:
         (root / old).unlink(missing_ok=True)
     try:
         compiled(root)
-    except Unbuilt as e:
+    except UnbuiltError as e:
         (root / UNBUILT).write_text(f"{e}\n")
         return str(e)
     return None

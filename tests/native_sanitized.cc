@@ -71,8 +71,8 @@ class Buffer {
       uint32_t bits;
       std::memcpy(&bits, &v, 4);
       const uint16_t half = type_ == Type::kBfloat16 ? bits >> 16 : 0x3c00 + (bits & 0x83ff);
-      std::memcpy(p, type_ == Type::kFloat32 ? static_cast<void*>(&bits) : const_cast<uint16_t*>(&half),
-                  size());
+      if (type_ == Type::kFloat32) std::memcpy(p, &bits, 4);
+      else std::memcpy(p, &half, 2);
     }
   }
 

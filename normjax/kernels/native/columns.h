@@ -124,12 +124,12 @@ NORMJAX_INLINE void store_strip(T* to, const V (&from)[U]) {
 // The vectors of a strip that fill a line of 64 bytes of the output: what is written past
 // the caches must be whole lines.
 template <class V, class T>
-constexpr int kStrip = 64 / (kLanes<V> * static_cast<int>(sizeof(T)));
+constexpr int kStrip = std::is_same_v<T, Any> ? 2 : 64 / (kLanes<V> * static_cast<int>(sizeof(T)));
 
 // Adds the distances of a block to their shift, and the squares of the distances.
 template <class X>
 void add_distances(At at, Block b, const double* shift, double* distances, double* squares) {
-  const X* x = at.as<X>();
+  const auto x = place<X>(at);
   strips<Doubles, 4>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count;
     Doubles from[U], d1[U], d2[U];
@@ -139,7 +139,7 @@ void add_distances(At at, Block b, const double* shift, double* distances, doubl
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t k = r * b.stride + i + u * kLanes<Doubles>;
-        if (u == 0) __builtin_prefetch(x + k + b.ahead);
+        if (u == 0) prefetch(x + k + b.ahead);
         const Doubles v = load<Doubles>(x + k, lanes);
         const Doubles d = filled(v, lanes, from[u]) - from[u];
         d1[u] += d;
@@ -155,8 +155,8 @@ void add_distances(At at, Block b, const double* shift, double* distances, doubl
 template <class Real, bool Past, class X, class Y>
 void write_columns(At of_x, At of_y, Block b, const State& state) {
   using V = Vec<Real>;
-  const X* x = of_x.as<X>();
-  Y* y = of_y.as<Y>();
+  const auto x = place<X>(of_x);
+  const auto y = place<Y>(of_y);
   strips<V, kStrip<V, Y>>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count;
     V m[U], f[U], t[U];
@@ -166,7 +166,7 @@ void write_columns(At of_x, At of_y, Block b, const State& state) {
     for (int64_t r = 0; r < b.rows; ++r) {
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
-        if (u == 0) __builtin_prefetch(x + at + b.ahead);
+        if (u == 0) prefetch(x + at + b.ahead);
         store<Past>(y + at, (load<V>(x + at, lanes) - m[u]) * f[u] + t[u], lanes);
       }
     }
@@ -184,9 +184,7 @@ class ForwardColumns {
       using Y = decltype(y);
       return past ? &write_columns<float, true, X, Y> : &write_columns<float, false, X, Y>;
     });
-    write_wide_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_columns<double, false, decltype(x), decltype(y)>;
-    });
+    write_wide_ = &write_columns<double, false, Any, Any>;
   }
 
   const Slab& slab() const { return slab_; }
@@ -330,8 +328,8 @@ template <class Real, class X, class DY>
 void add_products(At of_x, At of_dy, Block b, const State& state, double* products,
                   double* sums) {
   using V = Vec<Real>;
-  const X* x = of_x.as<X>();
-  const DY* dy = of_dy.as<DY>();
+  const auto x = place<X>(of_x);
+  const auto dy = place<DY>(of_dy);
   strips<V, 2>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count, w = kLanes<V>;
     V m[U], p[U] = {}, q[U] = {};
@@ -340,8 +338,8 @@ void add_products(At of_x, At of_dy, Block b, const State& state, double* produc
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * w;
         if (u == 0) {
-          __builtin_prefetch(x + at + b.ahead);
-          __builtin_prefetch(dy + at + b.ahead);
+          prefetch(x + at + b.ahead);
+          prefetch(dy + at + b.ahead);
         }
         const V g = load<V>(dy + at, lanes);
         p[u] += g * (load<V>(x + at, lanes) - m[u]);
@@ -359,9 +357,9 @@ void add_products(At of_x, At of_dy, Block b, const State& state, double* produc
 template <class Real, bool Past, class X, class DY>
 void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) {
   using V = Vec<Real>;
-  const X* x = of_x.as<X>();
-  const DY* dy = of_dy.as<DY>();
-  X* dx = of_dx.as<X>();
+  const auto x = place<X>(of_x);
+  const auto dy = place<DY>(of_dy);
+  const auto dx = place<X>(of_dx);
   strips<V, kStrip<V, X>>(b.width, [&](int64_t i, auto count, auto lanes) NORMJAX_STEP {
     constexpr int U = count;
     V m[U], f[U], s[U], o[U];
@@ -373,8 +371,8 @@ void write_dx_columns(At of_x, At of_dy, At of_dx, Block b, const State& state) 
       NORMJAX_UNROLLED for (int u = 0; u < U; ++u) {
         const int64_t at = r * b.stride + i + u * kLanes<V>;
         if (u == 0) {
-          __builtin_prefetch(x + at + b.ahead);
-          __builtin_prefetch(dy + at + b.ahead);
+          prefetch(x + at + b.ahead);
+          prefetch(dy + at + b.ahead);
         }
         const V d = load<V>(x + at, lanes) - m[u];
         store<Past>(dx + at, load<V>(dy + at, lanes) * f[u] + (d * s[u] + o[u]), lanes);
@@ -391,18 +389,14 @@ class BackwardColumns {
     add_ = of_types(x, dy, [](auto t, auto u) {
       return &add_products<float, decltype(t), decltype(u)>;
     });
-    add_wide_ = of_types(x, dy, [](auto t, auto u) {
-      return &add_products<double, decltype(t), decltype(u)>;
-    });
+    add_wide_ = &add_products<double, Any, Any>;
     const bool past = goes_past(b.dx, s_.size(), slab_.width, 64);
     write_ = of_types(x, dy, [=](auto t, auto u) {
       using X = decltype(t);
       using DY = decltype(u);
       return past ? &write_dx_columns<float, true, X, DY> : &write_dx_columns<float, false, X, DY>;
     });
-    write_wide_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_columns<double, false, decltype(t), decltype(u)>;
-    });
+    write_wide_ = &write_dx_columns<double, false, Any, Any>;
   }
 
   const Slab& slab() const { return slab_; }

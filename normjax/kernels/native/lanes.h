@@ -74,11 +74,17 @@ NORMJAX_INLINE To bits_of(From v) {
 template <class V>
 NORMJAX_INLINE void write_past(void* p, V v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), bits_of<__m512i>(v));
+  if constexpr (sizeof v == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(p), bits_of<__m512i>(v));
+  }
 #endif
 #if defined(__AVX__)
-  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), bits_of<__m256i>(v));
-  if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), bits_of<__m128i>(v));
+  if constexpr (sizeof v == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(p), bits_of<__m256i>(v));
+  }
+  if constexpr (sizeof v == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(p), bits_of<__m128i>(v));
+  }
 #endif
   write(p, v);
 }
@@ -93,18 +99,47 @@ NORMJAX_INLINE void end_writing_past() {
 // Conversions of N numbers in 16 bits, to and from float32. To nearest, ties to even; NaN
 // stays NaN.
 
+// 16 bits as the lower half of 32; GCC 12 would do it by halves of a vector.
+template <int N>
+NORMJAX_INLINE Vector<uint32_t, N> extended(const void* p) {
+  using U = Vector<uint32_t, N>;
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bits_of<U>(_mm512_maskz_cvtepu16_epi32(-1, read<__m256i>(p)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return bits_of<U>(_mm256_cvtepu16_epi32(read<__m128i>(p)));
+  if constexpr (N == 4) {
+    return bits_of<U>(_mm_cvtepu16_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+  }
+#endif
+  return __builtin_convertvector(read<Vector<uint16_t, N>>(p), U);
+}
+
 template <int N>
 NORMJAX_INLINE Vector<float, N> widened(const Bfloat16* p) {
-  const auto bits = read<Vector<uint16_t, N>>(p);
-  return bits_of<Vector<float, N>>(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
+  return bits_of<Vector<float, N>>(extended<N>(p) << 16);
+}
+
+// The lower halves of 32 bits whose upper halves are zero.
+template <int N>
+NORMJAX_INLINE Vector<uint16_t, N> halved(Vector<uint32_t, N> v) {
+#if defined(__AVX2__)
+  if constexpr (N == 8) {
+    const auto pairs = bits_of<__m256i>(v);
+    const __m256i packed = _mm256_packus_epi32(pairs, pairs);
+    const __m256i in_order = _mm256_permute4x64_epi64(packed, 0xd8);
+    return bits_of<Vector<uint16_t, N>>(_mm256_castsi256_si128(in_order));
+  }
+#endif
+  return __builtin_convertvector(v, Vector<uint16_t, N>);
 }
 
 template <int N>
 NORMJAX_INLINE Vector<uint16_t, N> narrowed(Vector<float, N> v, Bfloat16) {
-  const auto bits = bits_of<Vector<uint32_t, N>>(v);
-  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, N>);
+  using U = Vector<uint32_t, N>;
+  const U bits = bits_of<U>(v);
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return halved<N>(v == v ? rounded : U{} + 0x7fc0);
 }
 
 // Of float16 without instructions for it. No step has a subnormal float32, which XLA's
@@ -120,7 +155,7 @@ NORMJAX_INLINE Vector<float, N> widened(const Float16* p) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) return _mm512_maskz_cvtph_ps(-1, read<__m256i>(p));
 #endif
-  const U bits = __builtin_convertvector(read<Vector<uint16_t, N>>(p), U);
+  const U bits = extended<N>(p);
   const U sign = (bits & 0x8000) << 16;
   const U size = (bits & 0x7fff) << 13;  // exponent and mantissa at their places
   const U normal = size + (112u << 23);
@@ -137,7 +172,7 @@ template <int N>
 NORMJAX_INLINE Vector<uint16_t, N> narrowed(Vector<float, N> v, Float16) {
   using U = Vector<uint32_t, N>;
   using F = Vector<float, N>;
-  using Bits = Vector<uint16_t, N>;
+  using Bits [[maybe_unused]] = Vector<uint16_t, N>;
 #if defined(__F16C__)
   if constexpr (N == 4) return bits_of<Bits>(_mm_cvtsi128_si64(_mm_cvtps_ph(v, 0)));
   if constexpr (N == 8) return bits_of<Bits>(_mm256_cvtps_ph(v, 0));
@@ -155,7 +190,7 @@ NORMJAX_INLINE Vector<uint16_t, N> narrowed(Vector<float, N> v, Float16) {
                     : size >= 0x477ff000 ? U{} + 0x7c00
                     : size < 0x38800000  ? small
                                          : normal;
-  return __builtin_convertvector(of_size | ((bits >> 16) & 0x8000), Bits);
+  return halved<N>(of_size | ((bits >> 16) & 0x8000));
 }
 
 template <int N>

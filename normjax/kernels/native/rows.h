@@ -10,7 +10,7 @@ namespace normjax::NORMJAX_ISA {
 
 template <bool Centered, class X>
 Sums row_sums(At at, int64_t n, double shift) {
-  const X* x = at.as<X>();
+  const auto x = place<X>(at);
   Doubles distances[4] = {}, squares[4] = {};
   sweep<Doubles, 4>(n, [&](auto u, int64_t i, auto lanes) NORMJAX_STEP {
     Doubles d = load<Doubles>(x + i, lanes);
@@ -27,8 +27,8 @@ template <class Real, bool Past, class X, class Y>
 void write_row(At of_x, const float* scale, const float* bias, At of_y, int64_t n,
                const Standard& s) {
   using V = Vec<Real>;
-  const X* x = of_x.as<X>();
-  Y* y = of_y.as<Y>();
+  const auto x = place<X>(of_x);
+  const auto y = place<Y>(of_y);
   const Real mean = s.mean_in<Real>(), rstd = s.rstd, rest = s.rest_in<Real>() * s.rstd;
   sweep<V, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
     const V x_hat = (load<V>(x + i, lanes) - mean) * rstd - rest;
@@ -50,9 +50,7 @@ class ForwardRows {
       using Y = decltype(y);
       return past ? &write_row<float, true, X, Y> : &write_row<float, false, X, Y>;
     });
-    wide_ = of_types(f.x.type, f.y.type, [](auto x, auto y) {
-      return &write_row<double, false, decltype(x), decltype(y)>;
-    });
+    wide_ = &write_row<double, false, Any, Any>;
   }
 
   void operator()(int64_t set) const {
@@ -103,12 +101,12 @@ constexpr int64_t kRowBlock = 4096;
 template <class Real, int R, class X, class DY>
 void row_averages(Row* rows, const float* scale, float* dscale, float* dbias, int64_t n) {
   using V = Vec<Real>;
-  const X* x[R];
-  const DY* dy[R];
+  Place<X> x[R];
+  Place<DY> dy[R];
   Real mean[R], rstd[R], rest[R];
   NORMJAX_UNROLLED for (int r = 0; r < R; ++r) {
     const Standard& s = rows[r].s;
-    x[r] = rows[r].x.template as<X>(), dy[r] = rows[r].dy.template as<DY>();
+    x[r] = place<X>(rows[r].x), dy[r] = place<DY>(rows[r].dy);
     mean[r] = s.mean_in<Real>(), rstd[r] = s.rstd, rest[r] = s.rest_in<Real>() * s.rstd;
   }
   for (int64_t begin = 0; begin < n; begin += kRowBlock) {
@@ -139,11 +137,10 @@ void row_averages(Row* rows, const float* scale, float* dscale, float* dbias, in
 template <class Real, bool Past, class X, class DY>
 void write_dx_row(const Row& row, const float* scale, int64_t n) {
   using V = Vec<Real>;
-  const X* x = row.x.template as<X>();
-  const DY* dy = row.dy.template as<DY>();
-  X* dx = row.dx.template as<X>();
+  const auto x = place<X>(row.x), dx = place<X>(row.dx);
+  const auto dy = place<DY>(row.dy);
   const Correction correction = correction_of<Real>(row.s, row.a, row.c);
-  const Real mean = row.s.template mean_in<Real>(), rstd = row.s.rstd;
+  const Real mean = row.s.mean_in<Real>(), rstd = row.s.rstd;
   const Real slope = correction.slope, offset = correction.offset;
   sweep<V, 1>(n, [&](auto, int64_t i, auto lanes) NORMJAX_STEP {
     const V d = load<V>(x + i, lanes) - mean;
@@ -162,18 +159,14 @@ class BackwardRows {
     of_one_ = of_types(x, dy, [](auto t, auto u) {
       return &row_averages<float, 1, decltype(t), decltype(u)>;
     });
-    wide_ = of_types(x, dy, [](auto t, auto u) {
-      return &row_averages<double, 1, decltype(t), decltype(u)>;
-    });
+    wide_ = &row_averages<double, 1, Any, Any>;
     const bool past = goes_past(b.dx, b.shape.size(), b.shape.width, kBytes);
     write_ = of_types(x, dy, [=](auto t, auto u) {
       using X = decltype(t);
       using DY = decltype(u);
       return past ? &write_dx_row<float, true, X, DY> : &write_dx_row<float, false, X, DY>;
     });
-    write_wide_ = of_types(x, dy, [](auto t, auto u) {
-      return &write_dx_row<double, false, decltype(t), decltype(u)>;
-    });
+    write_wide_ = &write_dx_row<double, false, Any, Any>;
   }
 
   // The samples from begin to end, few enough that their sums are good in float32.

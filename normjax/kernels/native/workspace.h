@@ -43,30 +43,52 @@ auto of_types(Type first, Type second, What what) {
   });
 }
 
-// A place in an array of any type.
+// A place in an array of a type that is known when it runs.
 struct At {
-  char* data;
-  Type type;
+  char* data = nullptr;
+  Type type = Type::kFloat32;
 
+  At() = default;
   explicit At(const Array& a) : data(static_cast<char*>(a.data)), type(a.type) {}
   At operator+(int64_t elements) const {
     At to = *this;
     to.data += elements * size();
     return to;
   }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(data);
-  }
+  int64_t size() const { return type == Type::kFloat32 ? 4 : 2; }
   // Whether rows of so many bytes begin at multiples of `unit`.
   bool is_aligned(int64_t row_bytes, int64_t unit) const {
     return (reinterpret_cast<uintptr_t>(data) | row_bytes) % unit == 0;
   }
-  int64_t size() const { return type == Type::kFloat32 ? 4 : 2; }
   double first() const {
-    return of_type(type, [&](auto t) { return first_of(as<decltype(t)>()); });
+    return of_type(type, [&](auto t) { return first_of(reinterpret_cast<decltype(t)*>(data)); });
   }
 };
+
+// The wide path, which is rare, is compiled once for all types: of elements that are Any,
+// a place is no pointer but an At, and each vector asks for its type.
+struct Any {};
+template <class T>
+using Place = std::conditional_t<std::is_same_v<T, Any>, At, T*>;
+template <class T>
+Place<T> place(const At& at) {
+  if constexpr (std::is_same_v<T, Any>) return at;
+  else return reinterpret_cast<T*>(at.data);
+}
+
+template <class V, class Lanes>
+V load(const At& at, Lanes lanes) {
+  return of_type(at.type, [&](auto t) { return load<V>(place<decltype(t)>(at), lanes); });
+}
+template <bool Past, class V, class Lanes>
+void store(const At& at, V v, Lanes lanes) {
+  of_type(at.type, [&](auto t) { store<Past>(place<decltype(t)>(at), v, lanes); });
+}
+template <class T>
+NORMJAX_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+inline void prefetch(const At&) {}
 
 // A parameter in float32: as it lies there, or converted, or where there is none,
 // `absent`.
