@@ -83,7 +83,8 @@ def run(command: list[str]) -> None:
     sys.stderr.write(done.stderr)
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        error = next((line for line in said if "error" in line), *said[-1:])
+        lines = [line for line in said if "error" in line] or said[-1:]
+        error = lines[0] if lines else f"exit status {done.returncode}"
         raise UnbuiltError(f"{shlex.join(command)} failed: {error}")
 
 
