@@ -222,6 +222,49 @@ def _tangent_body(how: How, x, scale, bias, mean, rest, var, *dots):
     return y_dot, mean_dot, jnp.zeros_like(rest), held_dot, var_dot
 
 
+def _cotangent_native(how: How, *operands):
+    """The formula of `_cotangent_body` where the library takes the sums alone.
+
+        dx = scale * rstd * dy - rstd * (a + x_hat * c)
+
+    with a and c the averages of scale * dy and of scale * dy * x_hat.
+    """
+    found = library.sums(how, *operands[:7])
+    if found is None:
+        return library.backward(how, *operands)
+    # As in `_cotangent_body`.
+    x, scale, bias, mean, rest, var, dy = lax.optimization_barrier(operands[:7])
+    r, like_x = how.r, functools.partial(widened, dtype=jnp.float32)
+    if not r.centered:
+        mean = rest = jnp.zeros_like(var)
+    m = Kept(var, mean, rest, var)
+    of_units = rstd_of(var, how.epsilon)
+    rstd = product(of_units, unit_of(var))
+    by = rstd if scale is None else rstd * like_x(scale)
+    c, a = (t if scale is None else t * like_x(scale) for t in found)
+    if r.group_axes:
+        parts = (_axes.split_groups(t, r.group_axes, r.num_groups) for t in (c, a))
+        shape = var.shape
+        c, a = (
+            _axes.join_groups(t.sum(-1, keepdims=True), r.group_axes, shape)
+            for t in parts
+        )
+    n = how.count(x.shape)
+    dx = like_x(dy) * by - standardized(like_x(x), m, r.centered, of_units, 2) * (
+        rstd * (c / n)
+    )
+    if r.centered:
+        dx = dx - rstd * (a / n)
+    of_parameters = (
+        t.sum([i for i, k in enumerate(of.shape) if k == 1], keepdims=True)
+        .reshape(of.shape)
+        .astype(of.dtype)
+        for t, of in zip(found, (scale, bias), strict=True)
+        if of is not None
+    )
+    return dx.astype(x.dtype), *of_parameters
+
+
 def _cotangent_body(how: How, *operands):
     # The barrier keeps XLA from sharing, and so storing, what forward and backward
     # both compute.
@@ -254,7 +297,7 @@ _cotangents = Operation(
     "norm_cotangent",
     _cotangent_body,
     lambda how, *of: [(a.shape, a.dtype) for a in of[:3] if a is not None],
-    Native(library.why_not_backward, library.backward),
+    Native(library.why_not_backward, _cotangent_native),
 )
 
 
@@ -293,9 +336,7 @@ def _(how, operands, cts):
 def _(how, operands, cts):
     given = operands[:6]
     dots = iter(cts)
-    dots = (
-        None if a is None else _or_zeros(next(dots), a) for a in given[:3]
-    )
+    dots = (None if a is None else _or_zeros(next(dots), a) for a in given[:3])
     return [*[None] * 6, *_tangents(how, *given, *dots)]
 
 
@@ -369,9 +410,7 @@ def _viewed(norm, x, scale, bias, where, view: View):
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8), inline=True)
-def standardize(
-    x, scale, bias, where, r, epsilon, dtype, view: View, implementation
-):
+def standardize(x, scale, bias, where, r, epsilon, dtype, view: View, implementation):
     """`_standardize` in a view.
 
     Compiled, so that a call outside of jit is one program; inlined, so that a call

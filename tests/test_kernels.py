@@ -151,7 +151,10 @@ def test_native_derivatives_of_any_order_are_those_of_the_body(norm):
 
 def ensemble(norm, implementation, axes):
     """Gradients of several, mapped and unmapped operands together."""
-    stacks = (jnp.stack([X, 2 * X - 1, X * X]), *([a, -a, a + 1] for a in (SCALE, BIAS)))
+    stacks = (
+        jnp.stack([X, 2 * X - 1, X * X]),
+        *([a, -a, a + 1] for a in (SCALE, BIAS)),
+    )
     stacks = [jnp.stack([*a]) for a in stacks]
     operands = [s if a == 0 else s[0] for s, a in zip(stacks, axes, strict=True)]
     f = functools.partial(loss, norm, implementation)
@@ -556,3 +559,41 @@ def test_nnx_modules_pass_their_implementation_on():
     module = nnx.LayerNorm(8, implementation="native", rngs=flax_nnx.Rngs(0))
     with pytest.raises(ValueError, match="a mask or weights"):
         module(X, mask=X > 0)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["batch", "group", "instance", "ghost"])
+def test_sums_alone_give_what_whole_kernels_give(name, dtype, monkeypatch):
+    """As of large columns, on small ones."""
+    norm, x = functools.partial(NORMS[name], dtype=jnp.float32), X.astype(dtype)
+    axes = (0, None, 0)
+
+    def found():
+        one = gradients(norm, "native")
+        many = jax.vmap(one, axes)(jnp.stack([x, x * 2]), SCALE, jnp.stack([BIAS] * 2))
+        y = norm(x, SCALE, BIAS, implementation="native")
+        return jax.device_get((y, one(x, SCALE, BIAS), many))
+
+    whole = found()
+    jax.clear_caches()
+    monkeypatch.setattr(library, "_LARGE", {"one": 0, "several": 0})
+    f = functools.partial(loss, norm, "native")
+    text = jax.jit(jax.grad(f)).lower(x, SCALE, BIAS).compile().as_text()
+    assert '"normjax_sums"' in text and '"normjax_moments"' in text
+    alone = found()
+    jax.clear_caches()
+    for a, w in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True):
+        assert_near(a, np.asarray(w, np.float64), a.dtype, c=20.0)
+    for size in (1e30, 1e-30):  # squares that overflow, and that vanish
+        with jax.enable_x64(True):
+            exact = jax.grad(lambda x: (NORMS[name](x, None, None) ** 3).sum())
+            want = jax.device_get(exact(jnp.asarray(np.asarray(X, np.float64) * size)))
+
+        def cubed(x):
+            return (NORMS[name](x, None, None, implementation="native") ** 3).sum()
+
+        got = jax.jit(jax.grad(cubed))((X * size).astype(jnp.float32))
+        atol = 1e-4 * np.abs(want).max() + float(np.finfo(np.float32).tiny)
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+    jax.clear_caches()

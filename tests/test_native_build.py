@@ -12,7 +12,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def hook():
-    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    spec = importlib.util.spec_from_file_location(
+        "hatch_build", ROOT / "hatch_build.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -38,7 +40,9 @@ def tree(tmp_path, hook):
         ("CXX", "false", "false .* failed"),
     ],
 )
-def test_without_a_compiler_the_reason_is_left(hook, tree, monkeypatch, name, value, why):
+def test_without_a_compiler_the_reason_is_left(
+    hook, tree, monkeypatch, name, value, why
+):
     monkeypatch.setenv(name, value)
     reason = hook.build(tree)
     assert reason == (tree / hook.UNBUILT).read_text().strip()

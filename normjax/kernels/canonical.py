@@ -12,7 +12,7 @@ Moments are for each (n, g), taken over S and K; parameters lie along (G, K).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
     def moments(self, a: jax.Array) -> jax.Array:
         """Moments as they broadcast against x, as ``[N, G]``."""
-        n, _, g, k = self.shape
+        n, _, g, _ = self.shape
         # Channels of a group all have its moments.
         return a.reshape(n, g, -1)[..., 0] if a.size != n * g else a.reshape(n, g)
 

@@ -1,8 +1,9 @@
-"""The native library of kernels for a CPU: where it is, whether it serves, its calls."""
+"""The native library of kernels for CPUs: whether it is there and serves, its calls."""
 
 import ctypes
 import functools
 import hashlib
+import math
 import pathlib
 import re
 import warnings
@@ -17,9 +18,10 @@ from normjax.kernels import canonical
 _FOLDER = pathlib.Path(__file__).parent / "native"
 _LIBRARY = _FOLDER / "libnormjax.so"
 _UNBUILT = _FOLDER / "unbuilt.txt"
-_TARGETS = ("normjax_forward", "normjax_moments", "normjax_backward")
-# A sample of so many values is out of the caches near a core when it was read once.
-_LARGE = 2**20
+_TARGETS = ("normjax_forward", "normjax_moments", "normjax_backward", "normjax_sums")
+# More values than these are out of the caches near a core when they were read once: of
+# one set of moments for each channel, whose sums wait for all cores, and of several.
+_LARGE = {"one": 2**16, "several": 2**20}
 _VERSION = "normjax_api_version"
 _DTYPES = ("float32", "bfloat16", "float16")
 # Without one, an operand that is None.
@@ -108,9 +110,7 @@ def why_not(how: Any, x: Any, scale: Any, bias: Any, *others: Any) -> str | None
 def why_not_backward(how: Any, *operands: Any) -> str | None:
     """`why_not`, of a backward pass: no moment may have a cotangent."""
     *operands, y_ct, mean_ct, rest_ct, held_ct, var_ct = operands
-    if y_ct is None or any(
-        a is not None for a in (mean_ct, rest_ct, held_ct, var_ct)
-    ):
+    if y_ct is None or any(a is not None for a in (mean_ct, rest_ct, held_ct, var_ct)):
         return "moments have cotangents"
     return why_not(how, *operands, y_ct)
 
@@ -122,19 +122,53 @@ def forward(how: Any, x, scale, bias) -> tuple:
     from memory for y, and XLA does that together with the activation that follows.
     """
     form = form_of(how, x, scale, bias)
-    n, s, g, k = form.shape
+    n, _, g, _ = form.shape
+    _, (shape, _), *_ = how.results(x)
     target, results, operands = "normjax_moments", (), (form.x(x),)
     attributes = {"centered": np.bool_(how.r.centered)}
-    if s == 1 or s * g * k <= _LARGE:
+    if not _is_split(form, shape):
         target, results = "normjax_forward", (form.shape,)
         operands += (_parameters(form, scale), _parameters(form, bias))
         attributes["epsilon"] = np.float64(how.epsilon)
     results = [jax.ShapeDtypeStruct(shape, how.dtype) for shape in results]
     results += [jax.ShapeDtypeStruct((n, g), jnp.float32)] * 3
     *y, mean, rest, var = jax.ffi.ffi_call(target, results)(*operands, **attributes)
-    _, (shape, _), *_ = how.results(x)
     moments = (form.from_moments(m, shape) for m in (mean, rest, var))
     return y[0].reshape(x.shape) if y else None, *moments
+
+
+def _is_split(form: canonical.Form, of_moments: tuple[int, ...]) -> bool:
+    """Whether the library takes sums alone, and leaves arrays of the size of x to XLA.
+
+    They are read anew from memory, and XLA reads them together with the activation
+    before or after the norm, and lays out what it writes as the next operation wants.
+    The sums of each channel then have the shape of the moments.
+    """
+    n, s, g, k = form.shape
+    large = _LARGE["one" if n == form.parameters else "several"]
+    return s > 1 and s * g * k > large and math.prod(of_moments) == n * g * k
+
+
+def sums(how: Any, x, scale, bias, mean, rest, var, y_ct) -> tuple | None:
+    """The sums of dy * x_hat and of dy of each channel, which broadcast against x.
+
+    For each sample, or whatever has moments of its own. None where `backward` is the
+    library's.
+    """
+    form = form_of(how, x, scale, bias)
+    n, _, g, k = form.shape
+    _, (shape, _), *_ = how.results(x)
+    if not _is_split(form, shape):
+        return None
+    of_sums = jax.ShapeDtypeStruct((n, g, k), jnp.float32)
+    found = jax.ffi.ffi_call("normjax_sums", [of_sums] * 2)(
+        form.x(x),
+        *(form.moments(m) for m in (mean, rest, var)),
+        form.x(y_ct),
+        epsilon=np.float64(how.epsilon),
+        centered=np.bool_(how.r.centered),
+    )
+    return tuple(a.reshape(shape) for a in found)
 
 
 def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *_) -> list:
@@ -143,9 +177,7 @@ def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *_) -> list:
     _, _, g, k = form.shape
     if not how.r.centered:
         mean = rest = jnp.zeros_like(var)
-    shapes = [
-        _NONE if a is None else (form.parameters, g, k) for a in (scale, bias)
-    ]
+    shapes = [_NONE if a is None else (form.parameters, g, k) for a in (scale, bias)]
     call = jax.ffi.ffi_call(
         "normjax_backward",
         (

@@ -104,7 +104,9 @@ class Operation:
             known = [None if ad.is_undefined_primal(a) else a for a in arrays]
             cts = [None if isinstance(ct, ad.Zero) else ct for ct in cts]
             results = rule(how, spread(known, there), cts)
-            results = [r for r, is_there in zip(results, there, strict=True) if is_there]
+            results = [
+                r for r, is_there in zip(results, there, strict=True) if is_there
+            ]
             return [
                 r if ad.is_undefined_primal(a) else None
                 for a, r in zip(arrays, results, strict=True)
@@ -160,11 +162,7 @@ class Operation:
             return results, [0] * len(results)
         size = arrays[0].shape[first]
         numbers = [i for i, is_there in enumerate(there) if is_there]
-        mapped = {
-            i
-            for i, d in zip(numbers, dims, strict=True)
-            if d is not None
-        }
+        mapped = {i for i, d in zip(numbers, dims, strict=True) if d is not None}
         alike = not mapped & set(self._parameters)
         moved = []
         for i, a, d in zip(numbers, arrays, dims, strict=True):

@@ -542,7 +542,7 @@ inline bool backward_columns(const Backward& b, const float* scale, Workers& wor
         for (int64_t p = 0; p < slab.pieces; ++p) work.add(n, p, own);
       }
       work.finish(n, own, dscale, dbias);
-      if (by_chunk) {
+      if (by_chunk && b.dx.data) {
         for (int64_t p = slab.pieces; p-- > 0;) work.write(n, p, own);
       }
     }
@@ -552,6 +552,8 @@ inline bool backward_columns(const Backward& b, const float* scale, Workers& wor
     chunks.run(workers, size, run);
   } else {
     for (int64_t c = 0; c < chunks.count; ++c) run(c, 0);
+  }
+  if (!by_chunk && b.dx.data) {
     // What was read last is in cache still.
     parallel(workers, pieces, size, [&](int64_t t, int64_t) {
       const int64_t at = pieces - 1 - t;

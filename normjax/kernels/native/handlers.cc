@@ -183,6 +183,31 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
   return result(kernels().backward(b, workers));
 }
 
+// The sums of dy * x_hat and of dy alone, for each sample, of columns: for a dx that XLA
+// computes together with what follows.
+ffi::Error sums_of(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer mean, AnyBuffer rest,
+                   AnyBuffer var, AnyBuffer dy, Out products, Out of_dy, double epsilon,
+                   bool centered) {
+  Check check;
+  Backward b;
+  b.shape = shape_of(check, x, {});
+  if (check.failed()) return check.error();
+  b.shape.parameters = b.shape.samples;
+  const Shape& s = b.shape;
+  check.that(s.positions != 1, "x", "have columns of more values than one");
+  b.x = check.array("x", x), b.dy = check.array("dy", dy), b.dx.type = b.x.type;
+  like_x(check, "dy", dy, s);
+  b.mean = moments(check, "mean", mean, s);
+  b.rest = moments(check, "rest", rest, s);
+  b.var = moments(check, "var", var, s);
+  b.dscale = sums(check, "the sums of products", *products, true, s);
+  b.dbias = sums(check, "the sums of dy", *of_dy, true, s);
+  b.epsilon = epsilon, b.centered = centered;
+  if (check.failed()) return check.error();
+  PoolWorkers<ffi::ThreadPool> workers(pool);
+  return result(kernels().backward(b, workers));
+}
+
 }  // namespace
 }  // namespace normjax
 
@@ -191,6 +216,7 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
 NORMJAX_SHOWN XLA_FFI_Error* normjax_forward(XLA_FFI_CallFrame*);
 NORMJAX_SHOWN XLA_FFI_Error* normjax_moments(XLA_FFI_CallFrame*);
 NORMJAX_SHOWN XLA_FFI_Error* normjax_backward(XLA_FFI_CallFrame*);
+NORMJAX_SHOWN XLA_FFI_Error* normjax_sums(XLA_FFI_CallFrame*);
 // The version of XLA's interface that this was built for. An older runtime refuses it, and
 // then has no CPU backend at all: whoever registers the handlers must look first.
 NORMJAX_SHOWN const int32_t normjax_api_version[2];
@@ -233,3 +259,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(normjax_backward, normjax::backward,
                                   .Attr<double>("epsilon")
                                   .Attr<bool>("centered")
                                   .Attr<bool>("has_bias"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(normjax_sums, normjax::sums_of,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // x
+                                  .Arg<xla::ffi::AnyBuffer>()   // mean
+                                  .Arg<xla::ffi::AnyBuffer>()   // rest
+                                  .Arg<xla::ffi::AnyBuffer>()   // var
+                                  .Arg<xla::ffi::AnyBuffer>()   // dy
+                                  .Ret<xla::ffi::AnyBuffer>()   // the sums of dy * x_hat
+                                  .Ret<xla::ffi::AnyBuffer>()   // the sums of dy
+                                  .Attr<double>("epsilon")
+                                  .Attr<bool>("centered"));

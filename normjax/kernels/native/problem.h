@@ -67,7 +67,7 @@ struct Forward {
 
 struct Backward {
   Shape shape;
-  Array x, scale, dy, dx;
+  Array x, scale, dy, dx;  // without dx, which columns may be, the sums alone
   const float *mean, *rest, *var;
   float *dscale, *dbias;  // [P, G, K], or null
   double epsilon;
