@@ -213,11 +213,14 @@ def _again_body(how: How, x, scale, bias, mean, rest, held):
     return (_apply(x, m, scale, bias, None, how.epsilon, how.r.centered, how.dtype),)
 
 
-def _tangent_body(how: How, x, scale, bias, mean, rest, var, *dots):
+def _tangent_body(
+    how: How, x, scale, bias, mean, rest, var, x_dot, scale_dot, bias_dot
+):
     if not how.r.centered:
         mean = rest = jnp.zeros_like(var)
     m = Kept(jnp.full_like(var, how.count(x.shape)), mean, rest, var)
-    dots = _tangent(how.r, how.epsilon, how.dtype, x, scale, bias, None, m, *dots, None)
+    given = (how.r, how.epsilon, how.dtype, x, scale, bias, None, m)
+    dots = _tangent(*given, x_dot, scale_dot, bias_dot, None)
     y_dot, mean_dot, *_, var_dot, held_dot = dots
     return y_dot, mean_dot, jnp.zeros_like(rest), held_dot, var_dot
 

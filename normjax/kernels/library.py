@@ -25,7 +25,7 @@ _LARGE = {"one": 2**16, "several": 2**20}
 _VERSION = "normjax_api_version"
 _DTYPES = ("float32", "bfloat16", "float16")
 # Without one, an operand that is None.
-_NONE = (0,)
+_NONE: tuple[int, ...] = (0,)
 
 
 @functools.cache
@@ -91,6 +91,13 @@ def form_of(how: Any, x: Any, scale: Any, bias: Any) -> canonical.Form | None:
     return canonical.of(x.shape, r.axes, r.group_axes, r.num_groups, parameters)
 
 
+def _form(how: Any, *operands: Any) -> canonical.Form:
+    """`form_of` operands that are served."""
+    form = form_of(how, *operands)
+    assert form is not None
+    return form
+
+
 def why_not(how: Any, x: Any, scale: Any, bias: Any, *others: Any) -> str | None:
     """Why the library does not serve operands, or None where it does."""
     if (reason := missing()) is not None:
@@ -109,10 +116,10 @@ def why_not(how: Any, x: Any, scale: Any, bias: Any, *others: Any) -> str | None
 
 def why_not_backward(how: Any, *operands: Any) -> str | None:
     """`why_not`, of a backward pass: no moment may have a cotangent."""
-    *operands, y_ct, mean_ct, rest_ct, held_ct, var_ct = operands
+    *given, y_ct, mean_ct, rest_ct, held_ct, var_ct = operands
     if y_ct is None or any(a is not None for a in (mean_ct, rest_ct, held_ct, var_ct)):
         return "moments have cotangents"
-    return why_not(how, *operands, y_ct)
+    return why_not(how, *given, y_ct)
 
 
 def forward(how: Any, x, scale, bias) -> tuple:
@@ -121,20 +128,26 @@ def forward(how: Any, x, scale, bias) -> tuple:
     y is None where the moments alone are the library's to take: x is then read anew
     from memory for y, and XLA does that together with the activation that follows.
     """
-    form = form_of(how, x, scale, bias)
+    form = _form(how, x, scale, bias)
     n, _, g, _ = form.shape
     _, (shape, _), *_ = how.results(x)
-    target, results, operands = "normjax_moments", (), (form.x(x),)
-    attributes = {"centered": np.bool_(how.r.centered)}
-    if not _is_split(form, shape):
-        target, results = "normjax_forward", (form.shape,)
-        operands += (_parameters(form, scale), _parameters(form, bias))
-        attributes["epsilon"] = np.float64(how.epsilon)
-    results = [jax.ShapeDtypeStruct(shape, how.dtype) for shape in results]
-    results += [jax.ShapeDtypeStruct((n, g), jnp.float32)] * 3
-    *y, mean, rest, var = jax.ffi.ffi_call(target, results)(*operands, **attributes)
-    moments = (form.from_moments(m, shape) for m in (mean, rest, var))
-    return y[0].reshape(x.shape) if y else None, *moments
+    of_moments = [jax.ShapeDtypeStruct((n, g), jnp.float32)] * 3
+    centered = np.bool_(how.r.centered)
+    if _is_split(form, shape):
+        call = jax.ffi.ffi_call("normjax_moments", of_moments)
+        y, moments = None, call(form.x(x), centered=centered)
+    else:
+        of_y = jax.ShapeDtypeStruct(form.shape, how.dtype)
+        call = jax.ffi.ffi_call("normjax_forward", [of_y, *of_moments])
+        parameters = (_parameters(form, a) for a in (scale, bias))
+        y, *moments = call(
+            form.x(x),
+            *parameters,
+            epsilon=np.float64(how.epsilon),
+            centered=centered,
+        )
+        y = y.reshape(x.shape)
+    return y, *(form.from_moments(m, shape) for m in moments)
 
 
 def _is_split(form: canonical.Form, of_moments: tuple[int, ...]) -> bool:
@@ -155,7 +168,7 @@ def sums(how: Any, x, scale, bias, mean, rest, var, y_ct) -> tuple | None:
     For each sample, or whatever has moments of its own. None where `backward` is the
     library's.
     """
-    form = form_of(how, x, scale, bias)
+    form = _form(how, x, scale, bias)
     n, _, g, k = form.shape
     _, (shape, _), *_ = how.results(x)
     if not _is_split(form, shape):
@@ -171,13 +184,14 @@ def sums(how: Any, x, scale, bias, mean, rest, var, y_ct) -> tuple | None:
     return tuple(a.reshape(shape) for a in found)
 
 
-def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *_) -> list:
+def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *zeros) -> list:
     """The cotangents of x, and of scale and bias where they are there."""
-    form = form_of(how, x, scale, bias)
+    form = _form(how, x, scale, bias)
     _, _, g, k = form.shape
     if not how.r.centered:
         mean = rest = jnp.zeros_like(var)
-    shapes = [_NONE if a is None else (form.parameters, g, k) for a in (scale, bias)]
+    of_both = (form.parameters, g, k)
+    shapes = [_NONE if a is None else of_both for a in (scale, bias)]
     call = jax.ffi.ffi_call(
         "normjax_backward",
         (
