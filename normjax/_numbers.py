@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from normjax import _axes
 
@@ -88,11 +90,14 @@ def own(a: jax.Array, copy: int) -> jax.Array:
     of x and costs less to compute again. With a copy of the small operand for each, the
     expressions differ, and nothing of the size of x is stored. A copy of 1 / std also
     keeps its square root from being taken anew for each value, and the sums before it
-    out of the loop that writes y. Elsewhere a barrier could split a fusion; none is
-    set.
+    out of the loop that writes y. Elsewhere a barrier could split a fusion: in programs
+    for other machines, wherever they are compiled, it is the array itself.
     """
-    if jax.default_backend() != "cpu":
-        return a
+    return _OWN.bind(a, copy=copy)
+
+
+def _owned(a: jax.Array, *, copy: int) -> jax.Array:
+    """`own` on a CPU."""
     # XLA merges barriers of the same operands.
     a, _ = lax.optimization_barrier((a, np.int32(copy)))
     if a.shape[-1] == 1:
@@ -101,6 +106,22 @@ def own(a: jax.Array, copy: int) -> jax.Array:
     # value there, in spite of the barrier. Divisions are what XLA leaves out of loops.
     ones = lax.optimization_barrier(jnp.ones(a.shape, jnp.finfo(a.dtype).dtype))
     return by_parts(lambda part: lax.div(part, ones), a)
+
+
+def _batched(arrays, dims, copy: int):
+    (a,), (d,) = arrays, dims
+    return _OWN.bind(jnp.moveaxis(a, d, 0), copy=copy), 0
+
+
+_OWN = Primitive("own")
+_OWN.def_impl(lambda a, copy: a)
+_OWN.def_abstract_eval(lambda a, copy: a)
+ad.deflinear2(_OWN, lambda ct, a, copy: [ct])
+batching.primitive_batchers[_OWN] = _batched
+mlir.register_lowering(_OWN, lambda ctx, a, copy: [a])
+mlir.register_lowering(
+    _OWN, mlir.lower_fun(_owned, multiple_results=False), platform="cpu"
+)
 
 
 def counted(x: jax.Array, where: jax.Array | None) -> jax.Array:

@@ -12,9 +12,9 @@ _CHEAP = frozenset(
     abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp complex
     concatenate conj convert_element_type copy cos div eq erf exp exp2 expand_dims expm1
     floor ge gt imag integer_pow iota is_finite le log log1p logistic lt max min mul ne
-    neg norm not one_minus_square optimization_barrier or pad pow real reduce_precision
-    rem reshape rev round rsqrt select_n sign sin slice split sqrt square squeeze
-    stop_gradient sub tanh transpose xor
+    neg norm not one_minus_square optimization_barrier or own pad pow real
+    reduce_precision rem reshape rev round rsqrt select_n sign sin slice split sqrt
+    square squeeze stop_gradient sub tanh transpose xor
     """.split()
 )
 # Calls of functions, such as jax.nn.relu, and the parameter that has what they do.
