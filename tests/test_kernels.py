@@ -597,3 +597,30 @@ def test_sums_alone_give_what_whole_kernels_give(name, dtype, monkeypatch):
         atol = 1e-4 * np.abs(want).max() + float(np.finfo(np.float32).tiny)
         np.testing.assert_allclose(got, want, rtol=0, atol=atol)
     jax.clear_caches()
+
+
+@needs_native
+@pytest.mark.parametrize("of", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["layer", "batch", "group"])
+def test_parameters_of_their_own_dtype(name, of):
+    scale, bias = SCALE.astype(of), BIAS.astype(of)
+    dots = tuple(
+        jnp.cos(a.astype(jnp.float32)).astype(a.dtype) for a in (X, scale, bias)
+    )
+
+    def found(implementation):
+        norm = functools.partial(NORMS[name], dtype=jnp.float32)
+        f = functools.partial(loss, norm, implementation)
+        gradient = jax.grad(f, (0, 1, 2))(X, scale, bias)
+        return gradient, jax.jvp(f, (X, scale, bias), dots)[1]
+
+    got, want = jax.jit(lambda: found("native"))(), jax.jit(lambda: found("xla"))()
+    exact = in_float64(NORMS[name], X, scale, bias)[1:]
+    for g, w, dtype in zip(got[0], exact, (jnp.float32, of, of), strict=True):
+        assert g.dtype == dtype
+        assert_near(g, w, dtype, c=20.0)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
+    slope = sum(
+        (d.astype(jnp.float32) * e).sum() for d, e in zip(dots, exact, strict=True)
+    )
+    np.testing.assert_allclose(got[1], slope, rtol=1e-3)
