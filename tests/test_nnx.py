@@ -39,6 +39,10 @@ def normal(shape, seed=0, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
+# Beyond Flax, in every module.
+EVERYWHERE = {"missing_axis", "mask_is_weight", "activation", "implementation"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_are_flaxs(name):
     """Those of Flax first, in order, by kind and default; then what is beyond Flax."""
@@ -67,9 +71,9 @@ def test_arguments_are_flaxs(name):
                         "virtual_batch_size",
                         "skip_nonfinite",
                     ),
-                    *("missing_axis", "mask_is_weight", "activation"),
+                    *EVERYWHERE,
                 },
-                ("__init__", False): {"missing_axis", "mask_is_weight", "activation"},
+                ("__init__", False): EVERYWHERE,
                 ("__call__", True): {"momentum"},
                 ("__call__", False): set(),
             }[method, name == "BatchNorm"]
