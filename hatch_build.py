@@ -5,6 +5,7 @@ with it serves every Python of its platform. Without a compiler, or with one tha
 the package installs without them and works; `UNBUILT` then holds the reason.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -130,12 +131,14 @@ def compiled(root: pathlib.Path) -> None:
 def build(root: str | os.PathLike = ".") -> str | None:
     """Builds the library, or leaves the reason why not, which it returns."""
     root = pathlib.Path(root)
-    for old in (LIBRARY, HASH, UNBUILT):
-        (root / old).unlink(missing_ok=True)
     try:
+        for old in (LIBRARY, HASH, UNBUILT):
+            (root / old).unlink(missing_ok=True)
         compiled(root)
-    except UnbuiltError as e:
-        (root / UNBUILT).write_text(f"{e}\n")
+    except (UnbuiltError, OSError) as e:
+        # In a tree that is only to be read there is no place for the reason either.
+        with contextlib.suppress(OSError):
+            (root / UNBUILT).write_text(f"{e}\n")
         return str(e)
     return None
 

@@ -252,6 +252,11 @@ def _explicit(a: jax.Array) -> Any:
     return a.sharding if here else sharding
 
 
+def is_on_explicit_mesh(a: jax.Array) -> bool:
+    """Whether an array lies on an explicit mesh, over its axes or on each device."""
+    return _explicit(a) is not None
+
+
 def lies_over(a: jax.Array) -> tuple:
     """Over which axes of an explicit mesh each axis of an array lies; None for none."""
     if _explicit(a) is None:

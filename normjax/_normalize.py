@@ -232,14 +232,16 @@ def _cotangent_native(how: How, *operands):
 
     with a and c the averages of scale * dy and of scale * dy * x_hat.
     """
-    found = library.sums(how, *operands[:7])
-    if found is None:
-        return library.backward(how, *operands)
-    # As in `_cotangent_body`.
-    x, scale, bias, mean, rest, var, dy = lax.optimization_barrier(operands[:7])
     r, like_x = how.r, functools.partial(widened, dtype=jnp.float32)
+    x, scale, bias, mean, rest, var, dy = operands[:7]
     if not r.centered:
         mean = rest = jnp.zeros_like(var)
+    given = (x, scale, bias, mean, rest, var, dy)
+    found = library.sums(how, *given)
+    if found is None:
+        return library.backward(how, *given)
+    # As in `_cotangent_body`.
+    x, scale, bias, mean, rest, var, dy = lax.optimization_barrier(given)
     m = Kept(var, mean, rest, var)
     of_units = rstd_of(var, how.epsilon)
     rstd = product(of_units, unit_of(var))
@@ -358,8 +360,9 @@ def _why_no_form(x, scale, bias, where, r: Reduction) -> str | None:
         return "complex numbers"
     if not all(isinstance(n, int) for n in x.shape) or x.size == 0:
         return f"x.shape={x.shape}"
-    if any(any(_axes.lies_over(a)) for a in operands):
-        return "arrays that lie over an explicit mesh"
+    if any(_axes.is_on_explicit_mesh(a) for a in operands):
+        # Under vmap an axis that x lies over is not seen.
+        return "arrays on an explicit mesh"
     return None
 
 

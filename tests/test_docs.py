@@ -37,6 +37,7 @@ WITH_CODE = [page for page in PAGES if any(blocks(page, "python"))]
 
 def test_first_use_idea_choices_differences_and_moving_have_code():
     pages = {"index.md", "idea.md", "choices.md", "differences.md", "moving.md"}
+    pages |= {"implementations.md"}
     pages |= {"scaling.md", "statistics.md", "convert.md"}
     assert pages == set(WITH_CODE)
 

@@ -624,3 +624,96 @@ def test_parameters_of_their_own_dtype(name, of):
         (d.astype(jnp.float32) * e).sum() for d, e in zip(dots, exact, strict=True)
     )
     np.testing.assert_allclose(got[1], slope, rtol=1e-3)
+
+
+@needs_native
+def test_groups_of_features_in_another_order():
+    """Groups are cut from the features in the order of their axes."""
+    x = jnp.sin(jnp.arange(3 * 7 * 4 * 12.0)).reshape(3, 7, 4, 12)
+    norm = functools.partial(normjax.group_norm, num_groups=6, feature_axis=(3, 2))
+    want = norm(x, implementation="xla")
+    assert_near(norm(x), np.asarray(want), jnp.float32, c=20.0)
+    moved = norm(x.transpose(0, 1, 3, 2), feature_axis=(2, 3)).transpose(0, 1, 3, 2)
+    assert_near(moved, np.asarray(want), jnp.float32, c=20.0)
+    assert form(x.shape, (1,), group_axes=(3, 2), groups=6) is None
+
+
+@needs_native
+@pytest.mark.parametrize(("shape", "axis"), [((300, 300), 0), ((2, 16, 64, 130), 1)])
+def test_rms_norm_over_large_columns(shape, axis, monkeypatch):
+    monkeypatch.setattr(library, "_LARGE", {"one": 0, "several": 0})
+    x = jax.random.normal(KEY, shape) + 1
+
+    def f(implementation):
+        norm = functools.partial(normjax.rms_norm, implementation=implementation)
+        return jax.grad(lambda x: (norm(x, axis=axis) ** 3).sum())(x)
+
+    family.assert_close(f(None), f("xla"), x.size)
+
+
+def test_ensembles_on_an_explicit_mesh():
+    over = mesh((4, 2), ("a", "b"), AxisType.Explicit)
+    x, place = X, NamedSharding(over, P("a"))
+    scales = jnp.outer(jnp.arange(1.0, 5.0), SCALE)
+
+    def f(x, scales, bias):
+        norm = jax.vmap(normjax.layer_norm, (0, 0, None))
+        return jnp.sin(norm(x, scales, bias)).sum()
+
+    want = jax.grad(f, (0, 1, 2))(x, scales, BIAS)
+    with jax.set_mesh(over):
+        lying = [jax.device_put(a, place) for a in (x, scales)]
+        got = jax.jit(jax.grad(f, (0, 1, 2)))(*lying, BIAS)
+        one = jax.grad(
+            lambda x: jax.vmap(lambda x: normjax.rms_norm(x, SCALE))(x).sum()
+        )
+        assert jax.jit(one)(lying[0]).shape == x.shape
+    family.assert_close(jax.device_get(got), jax.device_get(want), X.size, c=20.0)
+
+
+def test_debug_nans_names_the_operation():
+    x = X.at[0, 0, 0].set(jnp.inf)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        normjax.layer_norm(x)
+    with jax.debug_nans(True):
+        normjax.layer_norm(X)
+
+
+def test_policies_by_other_words_keep_the_moments():
+    policies = jax.checkpoint_policies
+    words = {"offload_src": "device", "offload_dst": "pinned_host"}
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["norm_moments"],
+        names_which_can_be_offloaded=[],
+        **words,
+    )
+
+    def f(x):
+        return jnp.sin(normjax.layer_norm(jnp.cos(x))).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(f, policy=policy)))(X))
+    assert text.count("= norm_again[") == 1 and text.count("= norm[") == 1
+    text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(f)))(X))
+    assert text.count("= norm_again[") == 0 and text.count("= norm[") == 2
+
+
+WRITES = """
+import pickle, jax, jax.numpy as jnp, normjax
+from jax.experimental import serialize_executable
+compiled = jax.jit(normjax.layer_norm).lower(jnp.ones((2, 3))).compile()
+pickle.dump(serialize_executable.serialize(compiled), open("program", "wb"))
+"""
+READS = """
+import pickle, jax.numpy as jnp, normjax
+from jax.experimental import serialize_executable
+program = serialize_executable.deserialize_and_load(*pickle.load(open("program", "rb")))
+print(program(jnp.ones((2, 3))).sum())
+"""
+
+
+@needs_native
+def test_a_compiled_program_runs_in_another_process(tmp_path):
+    package = pathlib.Path(normjax.__file__).parent
+    shutil.copytree(package, tmp_path / "normjax")
+    run(WRITES, package=tmp_path)
+    assert "0.0" in run(READS, package=tmp_path)

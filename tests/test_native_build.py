@@ -55,3 +55,14 @@ def test_no_compiler_is_found(hook, tree, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tree))
     assert "no C++ compiler was found" in hook.build(tree)
+
+
+def test_a_tree_that_is_only_to_be_read(hook, tree, monkeypatch):
+    """Not by its mode, which root passes: every write is refused."""
+
+    def refused(self, *args, **kwargs):
+        raise PermissionError(f"read-only: {self}")
+
+    monkeypatch.setattr(pathlib.Path, "unlink", refused)
+    monkeypatch.setattr(pathlib.Path, "write_text", refused)
+    assert "read-only" in hook.build(tree)

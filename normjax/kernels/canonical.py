@@ -74,8 +74,9 @@ def of(
       num_groups: into how many.
       parameters: shapes of scale and bias, which broadcast to x.
     """
-    if math.prod(shape) == 0:
-        return None
+    long = [a for a in group_axes if shape[a] > 1]
+    if math.prod(shape) == 0 or long != sorted(long):
+        return None  # groups are of features in the order of their axes
     sizes = range(len(shape))
     lies = [any(p[a] > 1 for p in parameters) for a in sizes]
     # What an axis is: N and G are not reduced, S and K are; K and G have parameters.

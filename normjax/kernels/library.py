@@ -184,12 +184,10 @@ def sums(how: Any, x, scale, bias, mean, rest, var, y_ct) -> tuple | None:
     return tuple(a.reshape(shape) for a in found)
 
 
-def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *zeros) -> list:
+def backward(how: Any, x, scale, bias, mean, rest, var, y_ct) -> list:
     """The cotangents of x, and of scale and bias where they are there."""
     form = _form(how, x, scale, bias)
     _, _, g, k = form.shape
-    if not how.r.centered:
-        mean = rest = jnp.zeros_like(var)
     of_both = (form.parameters, g, k)
     shapes = [_NONE if a is None else of_both for a in (scale, bias)]
     call = jax.ffi.ffi_call(
@@ -215,3 +213,7 @@ def backward(how: Any, x, scale, bias, mean, rest, var, y_ct, *zeros) -> list:
 
 def _parameters(form: canonical.Form, a: jax.Array | None) -> jax.Array:
     return jnp.zeros(_NONE, jnp.float32) if a is None else form.of_parameters(a)
+
+
+# At import, since a program that was compiled in another process may call the library.
+missing()

@@ -128,7 +128,9 @@ class Operation:
         return _spread_to(self._body, *arrays, how=how, there=there)
 
     def _impl(self, *arrays, how, there):
-        if jax.config.jax_disable_jit:
+        # Operation by operation, as JAX then looks for what is not finite.
+        one_by_one = jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        if jax.config.jax_disable_jit or one_by_one:
             return self._plain(*arrays, how=how, there=there)
         return self._compiled(*arrays, how=how, there=there)
 
@@ -210,10 +212,10 @@ def _split(name, number, again, saveable, unknown, there_anew, eqn):
     if any(unknown):
         return None, eqn, [True] * results, [True] * results, needed
     avals = [v.aval for v in eqn.invars]
-    if saveable(eqn.primitive, *avals, **eqn.params) is True:
+    if _is_kept(saveable(eqn.primitive, *avals, **eqn.params)):
         kept = [v for v in eqn.outvars if not _is_dropped(v)]
         return eqn, None, [False] * results, [False] * results, kept
-    if saveable(_NAME, eqn.outvars[1].aval, name=name) is not True:
+    if not _is_kept(saveable(_NAME, eqn.outvars[1].aval, name=name)):
         return eqn, eqn, [False] * results, [True] * results, needed
     first, *others = (Var(v.aval) if _is_dropped(v) else v for v in eqn.outvars)
     kept = others[:number]
@@ -224,6 +226,11 @@ def _split(name, number, again, saveable, unknown, there_anew, eqn):
     known = eqn.replace(outvars=[first, *others])
     made = [True, *[False] * len(others)]
     return known, anew, [False] * results, made, [*needed, *kept]
+
+
+def _is_kept(answer: Any) -> bool:
+    """Whether a policy keeps a value; what it would offload, moments, is kept, too."""
+    return answer is not False and type(answer).__name__ != "RecomputeType"
 
 
 def _is_dropped(v: Any) -> bool:
