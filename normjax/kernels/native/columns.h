@@ -264,7 +264,7 @@ class ForwardColumns {
       const double by = s.rstd * scale_[row + c];
       mean[c] = s.mean_in<Real>(), factor[c] = by;
       term[c] = bias_[row + c] - part(s.rest_in<Real>(), by);
-      is_plain = is_plain && std::fabs(by) < 0x1p100;
+      is_plain = is_plain && !(std::fabs(by) >= 0x1p100);
     }
     return is_plain;
   }

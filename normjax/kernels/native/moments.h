@@ -57,7 +57,8 @@ struct Standard {
   // size, comes near the ends of float32, and distances to the mean are finite.
   // Elsewhere the kernels compute in float64, which costs twice the time or more: data
   // with a standard deviation above 1.6e7, or with one and an epsilon below 1e-15.
-  bool is_plain() const { return rstd > 0x1p-24 && rstd < 0x1p24; }
+  // A NaN is one in both, and must not make others of its slab be computed otherwise.
+  bool is_plain() const { return !(rstd <= 0x1p-24 || rstd >= 0x1p24); }
 
   // Of a kernel that computes in Real: the double path takes the mean in one.
   template <class Real>
@@ -91,8 +92,10 @@ inline double part(double rest, double of) { return std::isfinite(of) ? rest * o
 struct Correction {
   double slope, offset;
 
-  // An infinite or NaN sum has its rules: see `Standard::is_plain`.
-  bool is_plain() const { return std::fabs(slope) < 0x1p100 && std::fabs(offset) < 0x1p100; }
+  // As of `Standard::is_plain`.
+  bool is_plain() const {
+    return !(std::fabs(slope) >= 0x1p100 || std::fabs(offset) >= 0x1p100);
+  }
 };
 
 template <class Real>
