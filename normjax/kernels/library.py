@@ -119,7 +119,14 @@ def why_not_backward(how: Any, *operands: Any) -> str | None:
     *given, y_ct, mean_ct, rest_ct, held_ct, var_ct = operands
     if y_ct is None or any(a is not None for a in (mean_ct, rest_ct, held_ct, var_ct)):
         return "moments have cotangents"
-    return why_not(how, *given, y_ct)
+    if (reason := why_not(how, *given, y_ct)) is not None:
+        return reason
+    _, (of_moments, _), *_ = how.results(given[0])
+    if how.implementation is None and _is_split(_form(how, *given[:3]), of_moments):
+        # By themselves the kernels are faster. In a network XLA runs its own loops
+        # beside the convolutions of the same layer, and a step takes less.
+        return "XLA overlaps its form with what else a backward pass does"
+    return None
 
 
 def forward(how: Any, x, scale, bias) -> tuple:
