@@ -180,7 +180,8 @@ def _forward_on_gpu(how: How, x, scale, bias):
     """
     y, *moments = _forward_body(how, x, scale, bias)
     trailing = tuple(range(x.ndim - len(how.r.axes), x.ndim))
-    if how.statistics_dtype(x) != jnp.float32 or sorted(how.r.axes) != [*trailing]:
+    are_rows = sorted(how.r.axes) == [*trailing] and not how.r.group_axes
+    if how.statistics_dtype(x) != jnp.float32 or not are_rows:
         return y, *moments
     single = x.astype(jnp.float32)
     with jax.enable_x64(True):

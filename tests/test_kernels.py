@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normjax
-from normjax import linen, nnx
+from normjax import _normalize, linen, nnx
 from normjax.kernels import canonical, choice, library
 
 missing = library.missing()
@@ -721,3 +721,38 @@ def test_a_compiled_program_runs_in_another_process(tmp_path):
     shutil.copytree(package, tmp_path / "normjax")
     run(WRITES, package=tmp_path)
     assert "0.0" in run(READS, package=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", EVERY)
+def test_the_body_for_gpus_is_the_formula(norm, dtype, monkeypatch):
+    """Run on a CPU, which has no other way to see what a GPU is given."""
+    asked = []
+
+    def on_gpu(how, *operands):
+        asked.append(how)
+        return _normalize._forward_on_gpu(how, *operands)
+
+    monkeypatch.setattr(_normalize._forward, "_body", on_gpu)
+    jax.clear_caches()
+    for x in (X, X * 1e30, X * 1e-30, X * 0 + 7, X + 1e4):
+        x = x.astype(dtype)
+        if not jnp.isfinite(x).all():  # beyond float16
+            continue
+        options = {"implementation": "xla", "dtype": jnp.float32}
+        got = jax.jit(lambda x: norm(x, SCALE, BIAS, **options))(x)  # noqa: B023
+        want = in_float64(norm, x, SCALE, BIAS)[0]
+        assert_near(got, want, jnp.float32, c=20.0)
+    assert asked
+    jax.clear_caches()
+
+
+def test_the_body_for_gpus_leaves_groups_of_features_to_the_other(monkeypatch):
+    monkeypatch.setattr(_normalize._forward, "_body", _normalize._forward_on_gpu)
+    jax.clear_caches()
+    norm = functools.partial(normjax.group_norm, num_groups=2)
+    want = in_float64(norm, X[0], SCALE, BIAS)[0]
+    got = norm(X[0], SCALE, BIAS, implementation="xla")
+    assert_near(got, want, jnp.float32)
+    assert np.ptp(got) > 1
+    jax.clear_caches()
