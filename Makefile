@@ -32,7 +32,6 @@ test-processes: $(DONE)
 
 # The native kernels by themselves, on hostile shapes, under sanitizers of addresses and
 # of what C++ leaves undefined.
-CXX ?= c++
 test-native:
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=address,undefined \

@@ -46,8 +46,8 @@ class Peer(NamedTuple):
     kind: str = "jax"
 
 
-def _linen(library: Any, case: cases.Case, dtype: Any) -> Callable:
-    fields = {"dtype": dtype, "epsilon": case.epsilon}
+def _linen(library: Any, case: cases.Case, dtype: Any, **more: Any) -> Callable:
+    fields = {"dtype": dtype, "epsilon": case.epsilon, **more}
     if case.norm == "batch":
         fields["momentum"] = MOMENTUM
     elif case.num_groups:
@@ -330,6 +330,8 @@ PACKAGES = ("flax", "dm-haiku", "equinox", "keras", "tokamax", "torch")
 ABSENT = {name: why for name in _ALL if (why := _absent(name))}
 PEERS = {name: peer for name, peer in _ALL.items() if name not in ABSENT}
 NORMJAX = Peer(functools.partial(_linen, normjax.linen))
+# With native kernels wherever they serve, and not only where they are the default.
+NATIVE = Peer(functools.partial(_linen, normjax.linen, implementation="native"))
 
 
 def laid_out(peer: Peer, case: cases.Case, x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ import peers
 import timing
 
 import normjax.linen
+from normjax.kernels import library
 
 ALLOWANCE = 12.0  # seconds of rounds for one model
 
@@ -289,6 +290,8 @@ def measure(quick: bool) -> tuple[list[dict], list[str]]:
     """Measures every model; returns rows as run.py's, and who was left out and why."""
     names = ("flax",) if quick else STEP_PEERS
     contenders = {"normjax": peers.NORMJAX}
+    if library.missing() is None:
+        contenders["normjax, native"] = peers.NATIVE
     contenders |= {name: peers.PEERS[name] for name in names if name in peers.PEERS}
     rows, left_out = [], []
     for title in QUICK if quick else MODELS:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from normjax import _axes, _check, _devices, _measure, _moments, _numbers
 from normjax._devices import Reduction
+from normjax._formula import MOMENTS
 from normjax._moments import Moments
 from normjax._normalize import (
-    MOMENTS,
     View,
     normalized,
     standardize,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from normjax._normalize import MOMENTS
+from normjax._formula import MOMENTS
 
 # Operations on single elements, and of shape: XLA makes them part of what uses them.
 # One that a later JAX adds is kept until it stands here. From its moments, which are

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normjax
-from normjax import _normalize, linen, nnx
+from normjax import _operations, linen, nnx
 from normjax.kernels import canonical, choice, library
 
 missing = library.missing()
@@ -731,9 +731,9 @@ def test_the_body_for_gpus_is_the_formula(norm, dtype, monkeypatch):
 
     def on_gpu(how, *operands):
         asked.append(how)
-        return _normalize._forward_on_gpu(how, *operands)
+        return _operations._forward_on_gpu(how, *operands)
 
-    monkeypatch.setattr(_normalize._forward, "_body", on_gpu)
+    monkeypatch.setattr(_operations._forward, "_body", on_gpu)
     jax.clear_caches()
     for x in (X, X * 1e30, X * 1e-30, X * 0 + 7, X + 1e4):
         x = x.astype(dtype)
@@ -748,7 +748,7 @@ def test_the_body_for_gpus_is_the_formula(norm, dtype, monkeypatch):
 
 
 def test_the_body_for_gpus_leaves_groups_of_features_to_the_other(monkeypatch):
-    monkeypatch.setattr(_normalize._forward, "_body", _normalize._forward_on_gpu)
+    monkeypatch.setattr(_operations._forward, "_body", _operations._forward_on_gpu)
     jax.clear_caches()
     norm = functools.partial(normjax.group_norm, num_groups=2)
     want = in_float64(norm, X[0], SCALE, BIAS)[0]

@@ -77,51 +77,52 @@ def of(
     long = [a for a in group_axes if shape[a] > 1]
     if math.prod(shape) == 0 or long != sorted(long):
         return None  # groups are of features in the order of their axes
-    sizes = range(len(shape))
-    lies = [any(p[a] > 1 for p in parameters) for a in sizes]
-    # What an axis is: N and G are not reduced, S and K are; K and G have parameters.
-    kinds = []
-    for a in sizes:
-        if shape[a] == 1:
-            continue
-        if a in group_axes:
-            kinds.append(("C", a))
-        else:
-            kinds.append(("r" if a in axes else "k", a))
-    n = _run(kinds, "k")
-    middle = _run(kinds, "r")
-    last = _run(kinds, "C" if group_axes else "k")
-    tail = _run(kinds, "r")
-    if kinds or (group_axes and tail):
+    kinds = [
+        ("grouped" if a in group_axes else "reduced" if a in axes else "kept", a)
+        for a, size in enumerate(shape)
+        if size > 1
+    ]
+    n, s = _run(kinds, "kept"), _run(kinds, "reduced")
+    g, k = _run(kinds, "grouped" if group_axes else "kept"), _run(kinds, "reduced")
+    if kinds or (group_axes and k):
         return None
-    if not group_axes and not last:
-        # Rows: what has parameters is K, and without any all of it.
-        has = [a for a in middle if lies[a]]
-        first = middle.index(has[0]) if has else (0 if not parameters else len(middle))
-        middle, tail = middle[:first], middle[first:]
-        if not middle and not tail:
-            # Each value is alone in its reduction: what has parameters is G.
-            first = next((i for i, a in enumerate(n) if lies[a]), len(n))
-            n, last = n[:first], n[first:]
-    size = {
-        name: math.prod(shape[a] for a in group)
-        for name, group in (("n", n), ("s", middle), ("g", last), ("k", tail))
-    }
-    if group_axes:
-        size["g"], size["k"] = num_groups, size["g"] // num_groups
-    along = {*last, *tail}
-    rows = 1
+    if not group_axes and not g:
+        has = [any(p[a] > 1 for p in parameters) for a in range(len(shape))]
+        if s:  # rows: what has parameters is K, and without any all of it
+            first = _first(s, has, 0 if not parameters else len(s))
+            s, k = s[:first], s[first:]
+        else:  # each value is alone in its reduction: what has parameters is G
+            first = _first(n, has, len(n))
+            n, g = n[:first], n[first:]
+    rows = _rows([[p[a] for a in n] for p in parameters])
     for p in parameters:
-        if any(p[a] != shape[a] for a in along) or any(p[a] > 1 for a in middle):
+        if any(p[a] != shape[a] for a in (*g, *k)) or any(p[a] > 1 for a in s):
             return None
-        led = [p[a] > 1 for a in n]
-        if led != sorted(led, reverse=True):
-            return None
-        own = math.prod(p[a] for a in n)
-        if rows > 1 and own not in (1, rows):
-            return None
-        rows = max(rows, own)
-    return Form((size["n"], size["s"], size["g"], size["k"]), rows)
+    if rows is None:
+        return None
+    of_n, of_s, of_g, of_k = (
+        math.prod(shape[a] for a in along) for along in (n, s, g, k)
+    )
+    if group_axes:
+        of_g, of_k = num_groups, of_g // num_groups
+    return Form((of_n, of_s, of_g, of_k), rows)
+
+
+def _first(axes: list[int], has: list[bool], default: int) -> int:
+    """The place of the first of some axes that has parameters."""
+    return next((i for i, a in enumerate(axes) if has[a]), default)
+
+
+def _rows(sizes: list[list[int]]) -> int | None:
+    """How many rows of parameters there are, from their sizes along the axes of N.
+
+    A row must be for neighbours, and all parameters must have as many, or one.
+    """
+    lie = [[n > 1 for n in of] for of in sizes]
+    rows = {math.prod(of) for of in sizes} - {1}
+    if len(rows) > 1 or any(along != sorted(along, reverse=True) for along in lie):
+        return None
+    return max(rows, default=1)
 
 
 def _run(kinds: list[tuple[str, int]], kind: str) -> list[int]:

@@ -121,101 +121,100 @@ def why_not_backward(how: Any, *operands: Any) -> str | None:
         return "moments have cotangents"
     if (reason := why_not(how, *given, y_ct)) is not None:
         return reason
-    _, (of_moments, _), *_ = how.results(given[0])
-    if how.implementation is None and _is_split(_form(how, *given[:3]), of_moments):
+    if how.implementation is None and leaves_arrays(how, *given[:3]):
         # By themselves the kernels are faster. In a network XLA runs its own loops
         # beside the convolutions of the same layer, and a step takes less.
         return "XLA overlaps its form with what else a backward pass does"
     return None
 
 
-def forward(how: Any, x, scale, bias) -> tuple:
-    """y, and mean, rest and variance as they broadcast against x.
-
-    y is None where the moments alone are the library's to take: x is then read anew
-    from memory for y, and XLA does that together with the activation that follows.
-    """
-    form = _form(how, x, scale, bias)
-    n, _, g, _ = form.shape
-    _, (shape, _), *_ = how.results(x)
-    of_moments = [jax.ShapeDtypeStruct((n, g), jnp.float32)] * 3
-    centered = np.bool_(how.r.centered)
-    if _is_split(form, shape):
-        call = jax.ffi.ffi_call("normjax_moments", of_moments)
-        y, moments = None, call(form.x(x), centered=centered)
-    else:
-        of_y = jax.ShapeDtypeStruct(form.shape, how.dtype)
-        call = jax.ffi.ffi_call("normjax_forward", [of_y, *of_moments])
-        parameters = (_parameters(form, a) for a in (scale, bias))
-        y, *moments = call(
-            form.x(x),
-            *parameters,
-            epsilon=np.float64(how.epsilon),
-            centered=centered,
-        )
-        y = y.reshape(x.shape)
-    return y, *(form.from_moments(m, shape) for m in moments)
-
-
-def _is_split(form: canonical.Form, of_moments: tuple[int, ...]) -> bool:
+def leaves_arrays(how: Any, x: Any, scale: Any, bias: Any) -> bool:
     """Whether the library takes sums alone, and leaves arrays of the size of x to XLA.
 
     They are read anew from memory, and XLA reads them together with the activation
     before or after the norm, and lays out what it writes as the next operation wants.
     The sums of each channel then have the shape of the moments.
     """
+    form = _form(how, x, scale, bias)
     n, s, g, k = form.shape
     large = _LARGE["one" if n == form.parameters else "several"]
-    return s > 1 and s * g * k > large and math.prod(of_moments) == n * g * k
+    return s > 1 and s * g * k > large and math.prod(_shape(how, x)) == n * g * k
 
 
-def sums(how: Any, x, scale, bias, mean, rest, var, y_ct) -> tuple | None:
+def moments(how: Any, x, scale, bias) -> tuple:
+    """Mean, rest and variance, as they broadcast against x."""
+    form = _form(how, x, scale, bias)
+    call = jax.ffi.ffi_call("normjax_moments", _of_moments(form))
+    found = call(form.x(x), centered=np.bool_(how.r.centered))
+    return tuple(form.from_moments(m, _shape(how, x)) for m in found)
+
+
+def forward(how: Any, x, scale, bias) -> tuple:
+    """y, and mean, rest and variance as they broadcast against x."""
+    form = _form(how, x, scale, bias)
+    of_y = jax.ShapeDtypeStruct(form.shape, how.dtype)
+    call = jax.ffi.ffi_call("normjax_forward", [of_y, *_of_moments(form)])
+    parameters = (_parameters(form, a) for a in (scale, bias))
+    y, *found = call(form.x(x), *parameters, **_attributes(how))
+    shape = _shape(how, x)
+    return y.reshape(x.shape), *(form.from_moments(m, shape) for m in found)
+
+
+def sums(how: Any, x, scale, bias, m: Any, dy) -> tuple:
     """The sums of dy * x_hat and of dy of each channel, which broadcast against x.
 
-    For each sample, or whatever has moments of its own. None where `backward` is the
-    library's.
+    For each sample, or whatever has moments of its own.
     """
     form = _form(how, x, scale, bias)
     n, _, g, k = form.shape
-    _, (shape, _), *_ = how.results(x)
-    if not _is_split(form, shape):
-        return None
     of_sums = jax.ShapeDtypeStruct((n, g, k), jnp.float32)
-    found = jax.ffi.ffi_call("normjax_sums", [of_sums] * 2)(
-        form.x(x),
-        *(form.moments(m) for m in (mean, rest, var)),
-        form.x(y_ct),
-        epsilon=np.float64(how.epsilon),
-        centered=np.bool_(how.r.centered),
-    )
-    return tuple(a.reshape(shape) for a in found)
+    call = jax.ffi.ffi_call("normjax_sums", [of_sums] * 2)
+    given = (form.moments(a) for a in (m.mean, m.rest, m.var))
+    found = call(form.x(x), *given, form.x(dy), **_attributes(how))
+    return tuple(a.reshape(_shape(how, x)) for a in found)
 
 
-def backward(how: Any, x, scale, bias, mean, rest, var, y_ct) -> list:
+def backward(how: Any, x, scale, bias, m: Any, dy) -> list:
     """The cotangents of x, and of scale and bias where they are there."""
     form = _form(how, x, scale, bias)
     _, _, g, k = form.shape
     of_both = (form.parameters, g, k)
     shapes = [_NONE if a is None else of_both for a in (scale, bias)]
-    call = jax.ffi.ffi_call(
-        "normjax_backward",
-        (
-            jax.ShapeDtypeStruct(form.shape, x.dtype),
-            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
-        ),
-    )
+    results = [
+        jax.ShapeDtypeStruct(form.shape, x.dtype),
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+    ]
+    call = jax.ffi.ffi_call("normjax_backward", results)
+    given = (form.moments(a) for a in (m.mean, m.rest, m.var))
     dx, *of_parameters = call(
         form.x(x),
         _parameters(form, scale),
-        *(form.moments(m) for m in (mean, rest, var)),
-        form.x(y_ct),
-        epsilon=np.float64(how.epsilon),
-        centered=np.bool_(how.r.centered),
+        *given,
+        form.x(dy),
         has_bias=np.bool_(bias is not None),
+        **_attributes(how),
     )
     of = zip(of_parameters, (scale, bias), strict=True)
     cotangents = [form.from_parameters(ct, a) for ct, a in of if a is not None]
     return [dx.reshape(x.shape), *cotangents]
+
+
+def _shape(how: Any, x: Any) -> tuple[int, ...]:
+    """The shape of moments that broadcast against x."""
+    _, (shape, _), *_ = how.results(x)
+    return shape
+
+
+def _of_moments(form: canonical.Form) -> list:
+    n, _, g, _ = form.shape
+    return [jax.ShapeDtypeStruct((n, g), jnp.float32)] * 3
+
+
+def _attributes(how: Any) -> dict[str, Any]:
+    return {
+        "epsilon": np.float64(how.epsilon),
+        "centered": np.bool_(how.r.centered),
+    }
 
 
 def _parameters(form: canonical.Form, a: jax.Array | None) -> jax.Array:
