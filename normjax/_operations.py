@@ -169,11 +169,11 @@ def _cotangent_body(how: How, *operands):
     *given, y_ct, mean_ct, rest_ct, held_ct, var_ct = lax.optimization_barrier(operands)
     cts = (y_ct, mean_ct, rest_ct, held_ct, var_ct)
 
-    def tangent(*dots):
+    def linear(*dots):
         results = _tangent_body(how, *given, *dots)
         return [dot for dot, ct in zip(results, cts, strict=True) if ct is not None]
 
-    back = jax.linear_transpose(tangent, *given[:3])
+    back = jax.linear_transpose(linear, *given[:3])
     return [a for a in back([ct for ct in cts if ct is not None]) if a is not None]
 
 

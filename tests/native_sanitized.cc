@@ -103,6 +103,34 @@ struct Case {
   float scale;
 };
 
+// The sums alone, without y and dx: the same moments, and what adds up to dbias.
+void check_sums_alone(const Case& c, Forward f, Backward b, Results& r, Workers& workers) {
+  Results own(c.shape, c.x, c.y);
+  const int64_t n = c.shape.samples, channels = c.shape.channels();
+  Buffer products(Type::kFloat32, n * channels), of_dy(Type::kFloat32, n * channels);
+  f.scale = f.bias = f.y = Array{};
+  f.mean = own.mean.floats(), f.rest = own.rest.floats(), f.var = own.var.floats();
+  expect(isa::forward(f, workers), "moments alone", c.shape);
+  const bool same = own.mean.bytes() == r.mean.bytes() && own.rest.bytes() == r.rest.bytes() &&
+                    own.var.bytes() == r.var.bytes();
+  expect(same, "moments alone are those beside y", c.shape);
+  b.shape.parameters = n;
+  b.scale = Array{}, b.dx = Array{nullptr, c.x};
+  b.dscale = products.floats(), b.dbias = of_dy.floats();
+  expect(isa::backward(b, workers), "sums alone", c.shape);
+  if (!c.has_bias || c.shape.parameters != 1 || !c.shape.size()) return;
+  for (int64_t i = 0; i < channels; ++i) {
+    double sum = 0;
+    float part, whole;
+    for (int64_t s = 0; s < n; ++s) {
+      std::memcpy(&part, of_dy.floats() + s * channels + i, 4);
+      sum += part;
+    }
+    std::memcpy(&whole, r.dbias.floats() + i, 4);
+    expect(std::fabs(sum - whole) <= 1e-4 * (1 + std::fabs(sum)), "sums of dy", c.shape);
+  }
+}
+
 Results computed(const Case& c, Pool&& pool) {
   std::mt19937 random(7);
   const int64_t parameters = c.shape.parameters * c.shape.channels();
@@ -121,6 +149,7 @@ Results computed(const Case& c, Pool&& pool) {
                 r.rest.floats(), r.var.floats(), c.has_scale ? r.dscale.floats() : nullptr,
                 c.has_bias ? r.dbias.floats() : nullptr, 1e-5, c.centered};
   expect(isa::backward(b, workers), "backward", c.shape);
+  if (c.shape.positions != 1) check_sums_alone(c, f, b, r, workers);
   return r;
 }
 
