@@ -128,6 +128,8 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
         elif match := _INSTRUCTION.match(line):
             root, name, type_, operation, operands, rest = match.groups()
             names = re.findall(r"%([\w.\-]+)", operands)
+            if operation == "parameter":
+                names = [operands]  # its number
             made = (bool(root), name, type_, operation, names, rest or "")
             current.append(Instruction(*made))
     if not entry:
@@ -203,11 +205,34 @@ def _collectives(i: Instruction, parts: dict[str, list[Instruction]]) -> int:
     return together + sum(_collectives(c, parts) for c in inside)
 
 
+def _read(i: Instruction, types: dict, parts: dict) -> list[tuple[int, int]]:
+    """What a kernel reads of each operand, and how much of that is off the chip.
+
+    All of it, or the slices that a fusion takes, where it takes nothing else.
+    """
+    inside = [c for name in _called(i, "calls") for c in parts.get(name, [])]
+    numbers = {c.name: int(c.operands[0]) for c in inside if c.operation == "parameter"}
+    whole = set() if i.operation == "fusion" and inside else set(i.operands)
+    slices = {}
+    for c in inside if i.operation == "fusion" else []:
+        for name in c.operands if c.operation != "parameter" else [c.name] * c.root:
+            if name in numbers and c.operation == "slice":
+                slices.setdefault(i.operands[numbers[name]], []).append(size(c.type))
+            elif name in numbers:
+                whole.add(i.operands[numbers[name]])
+    found = [(size(t), size(t, True)) for t in (types.get(n, "") for n in whole)]
+    for name in slices.keys() - whole:
+        of = sum(slices[name])
+        found.append((of, of if size(types.get(name, ""), True) else 0))
+    return found
+
+
 def figures(text: str) -> Figures:
     """Counts what a compiled program moves and runs.
 
     Loops count as often as they are known to run, of a choice the branch that moves
-    most. An operand counts whole, though a kernel may read a part of it.
+    most. Of an operand of which a fusion takes slices alone, those count; any other
+    counts whole, though a kernel may read a part of it.
 
     Args:
       text: of the program, from `compiled.as_text()`.
@@ -245,14 +270,14 @@ def figures(text: str) -> Figures:
                 for inner in _called(i, "to_apply", "calls"):
                     found = found.plus(total(inner, set()))
                 continue
-            taken = [types.get(name, "") for name in set(i.operands)]
-            moved = sum(size(type_) for type_ in [i.type, *taken])
+            taken = _read(i, types, parts)
+            moved = size(i.type) + sum(of for of, _ in taken)
             cycles = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
             estimate = int(cycles[1]) if cycles else 0
             if i.name in handed:
                 of = Figures(copied=moved, copies=1, copied_cycles=estimate)
             else:
-                off_chip = sum(size(type_, True) for type_ in [i.type, *taken])
+                off_chip = size(i.type, True) + sum(off for _, off in taken)
                 of = Figures(moved, off_chip, 1, _collectives(i, parts), estimate)
             found = found.plus(of)
         return found

@@ -257,6 +257,12 @@ def is_on_explicit_mesh(a: jax.Array) -> bool:
     return _explicit(a) is not None
 
 
+def are_whole() -> bool:
+    """Whether all mesh axes are manual here: arrays are what a device has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 def lies_over(a: jax.Array) -> tuple:
     """Over which axes of an explicit mesh each axis of an array lies; None for none."""
     if _explicit(a) is None:

@@ -40,6 +40,7 @@ class Reduction(NamedTuple):
       names: device axes over which moments are merged.
       groups: sub-groups of those devices, each of which merges its own, or ().
       centered: whether the variance is about the mean, or about zero.
+      whole: whether arrays are known to lie whole on a device.
     """
 
     axes: tuple[int, ...]
@@ -48,6 +49,7 @@ class Reduction(NamedTuple):
     names: tuple = ()
     groups: tuple[tuple[int, ...], ...] = ()
     centered: bool = True
+    whole: bool = False
 
 
 def counts_of(where: jax.Array | None) -> str:

@@ -48,6 +48,11 @@ from normjax._numbers import (
 from normjax._types import ArrayLike, Axes, AxisNames, Groups
 
 
+# A sample has one of so many values, no fewer than a single one of them could rule, and
+# of a row no fewer than a TPU adds up at once.
+_FRACTION, _FEWEST, _LANES = 32, 16, 128
+
+
 def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
     """Takes the moments of x, to broadcast against x.
 
@@ -79,7 +84,8 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
     a pass over memory. On a GPU neither waits for the other: of rows both share a pass,
     and XLA stores no distances of the size of x, as it does of groups else.
     A TPU has no float64, but sums there share a pass, and one more, of values times the
-    small unit, has the range.
+    small unit, has the range. Distances from the mean of a sample need no pass for the
+    mean: see `_sample`.
     """
     if where is not None and where.dtype != jnp.bool_:
         # What does not count is not there, to derivatives by the weight either.
@@ -90,6 +96,10 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
         return in_dtype(x, where)
     two, one = (functools.partial(_in_double, r=r, passes=n) for n in (2, 1))
     forms = {"cpu": two, "cuda": one, "rocm": one}
+    sizes = [x.shape[a] for a in r.axes]
+    known = all(isinstance(n, int) and n > 0 for n in sizes)
+    if where is None and known and (r.whole or _axes.are_whole()):
+        in_dtype = functools.partial(in_dtype, sampled=True)
     return lax.platform_dependent(x, where, **forms, default=in_dtype)
 
 
@@ -154,23 +164,28 @@ def _in_double(
 
 
 def _in_dtype(
-    x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any
+    x: jax.Array,
+    where: jax.Array | None,
+    r: Reduction,
+    dtype: Any,
+    sampled: bool = False,
 ) -> Moments:
-    """Moments in a dtype, from sums in it."""
+    """Moments in a dtype, from sums in it: of distances from the mean of all values or,
+    in one pass less, of a sample of them.
+    """
     summed, unit = hidden([SUMMED, small_unit(dtype)], dtype)
     may_overflow = 2 * jnp.finfo(x.dtype).maxexp > jnp.finfo(dtype).maxexp
-    x = widened(x, dtype)
+    seen = _sample(x, r.axes) if sampled else x
+    x, seen = widened(x, dtype), widened(seen, dtype)
 
     def average(a):
         return divided(weighed(a, where).sum(r.axes, keepdims=True), count)
 
-    def off(use, factor=None):  # one for each use, with its own copies: see `own`
-        values, middle = x, near
-        if factor is not None:
-            values, middle = (product(a, factor) for a in (x, near))
+    def off(use):  # one for each use, with its own copies: see `own`
         if not r.centered:
-            return values
-        return counted(lax.sub(values, own(middle, use)), where)
+            return x
+        # Half of each distance: between two values it may lie beyond their dtype.
+        return counted(lax.sub(scaled(x, 0.5), own(scaled(near, 0.5), use)), where)
 
     count, carry = _count(x, where, r.axes, dtype)
     squares = count
@@ -179,12 +194,14 @@ def _in_dtype(
         squares = jnp.square(squares).sum(r.axes, keepdims=True)
     near, rest = jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
     if r.centered:
-        near = near_of(average(product(x, summed)))
-        rest = product(average(off(1, summed)), inverse(summed))
-    var = lax.sub(average(squared(off(2))), squared(rest))
+        near = average(product(seen, summed))
+        near = near_of(scaled(near, x.size / seen.size) if sampled else near)
+        rest = product(average(product(off(1), summed)), scaled(inverse(summed), 2))
+    by = 4 if r.centered else 1
+    var = lax.sub(scaled(average(squared(off(2))), by), squared(rest))
     var = lax.max(var, jnp.zeros_like(var))
     if may_overflow:
-        large = average(squared(off(4, unit)))
+        large = scaled(average(squared(product(off(4), unit))), by)
         large = lax.sub(large, squared(product(rest, unit)))
         var = held(var, large)
     if r.centered:
@@ -193,6 +210,26 @@ def _in_dtype(
         mean = rest = jnp.zeros_like(var, dtype=x.dtype)
     var = lax.add(var, is_zero(count))
     return Moments(count, mean, var, carry, rest, squares=squares)
+
+
+def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Some of the values that each mean is of: at least one of 33.
+
+    Whatever the values, the mean of a fraction f of them is off the mean of all by
+    sqrt(1 / f - 1) of their std at most. So `E[d**2] - E[d]**2` of distances d from it
+    loses at most eps / f of the variance.
+
+    Entries of the last but one of the axes that are summed over, which no compiler lays
+    out as the last of memory, or, of rows, the first values.
+    """
+    over = [a for a in axes if x.shape[a] > 1 and a < x.ndim - 1] or axes
+    axis = over[max(len(over) - 2, 0)]
+    n = x.shape[axis]
+    if axis == x.ndim - 1:
+        return lax.slice_in_dim(x, 0, min(n, max(n // _FRACTION, _LANES)), axis=axis)
+    values = math.prod(x.shape[a] for a in axes)
+    step = max(1, min(n, _FRACTION, values // _FEWEST))
+    return lax.slice_in_dim(x, 0, n, step, axis=axis)
 
 
 def _reduced(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:

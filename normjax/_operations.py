@@ -42,6 +42,10 @@ class How(NamedTuple):
         )
         return self._replace(r=self.r._replace(axes=axes, group_axes=group_axes))
 
+    def here(self, whole: bool) -> "How":
+        """How, in a program whose arrays lie whole on its device, or do not."""
+        return self._replace(r=self.r._replace(whole=whole))
+
     def count(self, shape: tuple[int, ...]) -> int:
         """How many values of x each moment is of."""
         in_group = math.prod(shape[a] for a in self.r.group_axes)

@@ -1,13 +1,16 @@
 """The accuracy table of docs/accuracy.md: its bars, on the rows that are hardest."""
 
+import math
+
 import accuracy
 import family
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import normjax
-from normjax import _measure
+from normjax import _devices, _measure
 
 HARD = ["100", "1e5", "1e3, one value 0", "1, one value 1e4"]
 
@@ -22,10 +25,13 @@ def test_errors_stay_below_the_bar(norm, data, who):
 
 
 of_cpu = _measure._in_double
-# What a GPU and what a TPU computes.
+# What a GPU computes, and what a TPU does, of sharded arrays and of whole ones.
 FORMS = {
     "one pass": lambda x, where, r: of_cpu(x, where, r, passes=1),
     "in float32": lambda x, where, r: _measure._in_dtype(x, where, r, jnp.float32),
+    "of a sample": lambda x, where, r: _measure._in_dtype(
+        x, where, r, jnp.float32, sampled=where is None
+    ),
 }
 
 
@@ -53,6 +59,27 @@ def test_errors_stay_below_the_bar_as_other_platforms_compute(norm, data):
     found, bars = accuracy.errors(norm, data), accuracy.bar(norm, data)
     missed = {m: (e, bars[m]) for m, e in found.items() if not e <= bars[m]}
     assert not missed
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((8, 768), (1,)), ((8, 4096), (1,)), ((32, 14, 14, 4), (0, 1, 2)), ((64, 8), (0,))],
+)
+@pytest.mark.parametrize("far", [1e2, 1e4])
+def test_a_sample_that_is_far_from_the_rest_costs_few_digits(shape, axes, far):
+    """The worst of data, for distances from the mean of a sample."""
+    numbers = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    seen = np.asarray(_measure._sample(jnp.asarray(numbers), axes))
+    fraction = seen.size / numbers.size
+    assert 1 / 33 <= fraction < 1 / 3
+    x = np.random.default_rng(0).normal(size=shape)
+    x.flat[seen.ravel()] += far
+    x = x.astype(np.float32)
+    r = _devices.Reduction(axes)
+    m = jax.jit(lambda x: _measure._in_dtype(x, None, r, jnp.float32, sampled=True))(x)
+    want = x.astype(np.float64).var(axes, keepdims=True)
+    errors = np.abs(np.asarray(m.var, np.float64) - want) / want
+    assert errors.max() < 4 * np.finfo(np.float32).eps / fraction
 
 
 def test_the_bar_finds_what_flax_loses():

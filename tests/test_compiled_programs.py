@@ -122,6 +122,16 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   ROOT %q.1 = f32[100]{0} all-reduce(%q), replica_groups={{0,1}}, to_apply=%add
 }
 
+%part (t: f32[100], u: f32[100]) -> f32[10] {
+  %u = f32[100]{0} parameter(1)
+  %t = f32[100]{0} parameter(0)
+  %u.1 = f32[10]{0} slice(%u), slice={[0:100:10]}
+  %t.1 = f32[10]{0} slice(%t), slice={[0:10]}
+  %t.2 = f32[10]{0} slice(%t), slice={[5:15]}
+  %t.3 = f32[10]{0} add(%t.1, %t.2)
+  ROOT %t.4 = f32[10]{0} add(%t.3, %u.1)
+}
+
 ENTRY %main (x: f32[100], y: bf16[200], z: f32[]) -> (f32[100], bf16[200], f32[100]) {
   %x = f32[100]{0} parameter(0), metadata={op_name="x (the input)"}
   %y = bf16[200]{0:T(8,128)(2,1)} parameter(1)
@@ -183,6 +193,19 @@ def of(*lines):
             ["ROOT %r = f32[100]{0} fusion(%x), kind=kCustom, calls=%together"],
             EMPTY._replace(bytes=800, collectives=1),
         ),
+        # Of what a fusion takes slices of alone, those are read.
+        (
+            [
+                "%a = f32[100]{0} negate(%x)",
+                "ROOT %r = f32[10]{0} fusion(%x, %a), kind=kLoop, calls=%part",
+            ],
+            (800 + 4 * 40, 2),
+        ),
+        # Another operand reads all of the same array.
+        (
+            ["ROOT %r = f32[100]{0} fusion(%x), kind=kLoop, calls=%less"],
+            (800, 1),
+        ),
         (
             [
                 "%s.2 = ((f32[100]), f32[100]) async-start(%x), calls=%together",
@@ -210,6 +233,14 @@ def test_what_is_on_the_chip_is_no_traffic_off_it():
         "ROOT %r = bf16[200]{0} bitcast(%c)",
     )
     assert found == EMPTY._replace(bytes=5 * 400, off_chip=3 * 400, kernels=2)
+
+
+def test_slices_of_what_is_on_the_chip_are_no_traffic_off_it():
+    found = of(
+        "%a = f32[100]{0:T(256)S(1)} negate(%x)",
+        "ROOT %r = f32[10]{0} fusion(%a, %x), kind=kLoop, calls=%part",
+    )
+    assert found.off_chip == 400 + 40 + 40  # x, its slice, and the result
 
 
 def test_a_copy_of_an_argument_to_a_result_is_told_apart():

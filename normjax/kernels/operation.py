@@ -182,6 +182,7 @@ class Operation:
         if how.implementation == "native" and self._native is not None:
             platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
             raise choice.refused("native", f"a program for {platforms}")
+        how = how.here(_are_whole(ctx))
         call = functools.partial(_spread_to, body or self._body)
         return mlir.lower_fun(call)(ctx, *values, how=how, there=there)
 
@@ -264,20 +265,23 @@ def _varying(a: jax.Array) -> frozenset:
     return jax.typeof(a).manual_axis_type.varying
 
 
+def _are_whole(ctx: Any) -> bool:
+    """Whether arrays are no pieces that XLA is to divide among devices."""
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        return set(context.manual_axes) == set(context.mesh.axis_names)
+    return getattr(context, "num_devices", 1) == 1
+
+
 def _why_not_here(ctx: Any) -> str | None:
     """Why a program that is being lowered can't call a library of this process.
 
-    The arrays that it sees must be whole: not pieces that XLA is to divide among
-    devices. And the program must be for this process, not for export.
+    The arrays that it sees must be whole, and the program for this process, not for
+    export.
     """
     module = ctx.module_context
     if len(module.platforms) > 1:
         return "the program is lowered for several platforms"
     if module.lowering_parameters.for_export:
         return "the program is exported"
-    context = module.axis_context
-    if hasattr(context, "manual_axes"):
-        whole = set(context.manual_axes) == set(context.mesh.axis_names)
-    else:
-        whole = getattr(context, "num_devices", 1) == 1
-    return None if whole else "XLA divides the arrays among devices"
+    return None if _are_whole(ctx) else "XLA divides the arrays among devices"
