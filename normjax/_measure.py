@@ -47,7 +47,6 @@ from normjax._numbers import (
 )
 from normjax._types import ArrayLike, Axes, AxisNames, Groups
 
-
 # A sample has one of so many values, no fewer than a single one of them could rule, and
 # of a row no fewer than a TPU adds up at once.
 _FRACTION, _FEWEST, _LANES = 32, 16, 128

@@ -18,15 +18,15 @@ import normjax
 EPSILON = 1e-5
 
 
-def combined(*tables) -> list:
+def combined(*tables, one_of: int = 2) -> list:
     """Every combination of a row of each table, for parametrize.
 
-    `make test` takes every second one, in which each row is; the others are `further`.
+    `make test` takes one of so many, in which each row is; the others are `further`.
     """
     found = []
     for rows in itertools.product(*map(enumerate, tables)):
         numbers, values = zip(*rows, strict=True)
-        further = [pytest.mark.further] * (sum(numbers) % 2)
+        further = [pytest.mark.further] if sum(numbers) % one_of else []
         found.append(pytest.param(*values, marks=further))
     return found
 

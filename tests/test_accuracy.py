@@ -63,7 +63,12 @@ def test_errors_stay_below_the_bar_as_other_platforms_compute(norm, data):
 
 @pytest.mark.parametrize(
     ("shape", "axes"),
-    [((8, 768), (1,)), ((8, 4096), (1,)), ((32, 14, 14, 4), (0, 1, 2)), ((64, 8), (0,))],
+    [
+        ((8, 768), (1,)),
+        ((8, 4096), (1,)),
+        ((32, 14, 14, 4), (0, 1, 2)),
+        ((64, 8), (0,)),
+    ],
 )
 @pytest.mark.parametrize("far", [1e2, 1e4])
 def test_a_sample_that_is_far_from_the_rest_costs_few_digits(shape, axes, far):

@@ -63,9 +63,13 @@ def by_name(f, way):
     )
 
 
-@counts
-@pytest.mark.parametrize("groups", [None, [[0, 1, 2], [3], [4, 5, 6, 7]]])
-@pytest.mark.parametrize("way", ["shard_map", "unchecked", "pmap"])
+WAYS = ["shard_map", "unchecked", "pmap"]
+
+
+@pytest.mark.parametrize(
+    ("way", "groups", "counts"),
+    family.combined(WAYS, [None, [[0, 1, 2], [3], [4, 5, 6, 7]]], COUNTS),
+)
 def test_named_sync_is_one_all_reduce_forward_and_one_backward(way, groups, counts):
     x, scale, bias, where = arguments(counts)
 
@@ -89,8 +93,7 @@ def test_named_sync_is_one_all_reduce_forward_and_one_backward(way, groups, coun
     assert operations(by_name(gradients, way), *inputs) == only(2)
 
 
-@counts
-@pytest.mark.parametrize("way", ["shard_map", "unchecked", "pmap"])
+@pytest.mark.parametrize(("way", "counts"), family.combined(WAYS, COUNTS))
 def test_sub_groups_of_one_size_sync_among_themselves_alone(way, counts):
     """One all-gather of the moments of four devices, and one sum for a gradient."""
     groups = [[0, 2, 4, 6], [1, 3, 5, 7]]

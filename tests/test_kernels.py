@@ -71,17 +71,20 @@ def gradients(norm, implementation):
     return jax.grad(functools.partial(loss, norm, implementation), (0, 1, 2))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _exact(norm, x, scale, bias):
+    def exact(x, scale, bias):
+        y = norm(x, scale, bias, implementation="xla")
+        return (y * jnp.sin(3 * x) + y**2 / 5).sum(), y
+
+    return jax.value_and_grad(exact, (0, 1, 2), has_aux=True)(x, scale, bias)
+
+
 def in_float64(norm, x, scale, bias):
     """y and the gradients in float64, of what the operands are in their dtypes."""
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, scale, bias)]
-
-        def exact(x, scale, bias):
-            y = norm(x, scale, bias, implementation="xla")
-            return (y * jnp.sin(3 * x) + y**2 / 5).sum(), y
-
-        found = jax.jit(jax.value_and_grad(exact, (0, 1, 2), has_aux=True))(*wide)
-        (_, y), dots = jax.device_get(found)
+        (_, y), dots = jax.device_get(_exact(norm, *wide))
     return y, *dots
 
 
@@ -122,7 +125,7 @@ def test_native_norms_of_odd_shapes(name, shape):
     norm = functools.partial(NORMS[name], implementation="native")
     assert_near(norm(x, scale, bias), want_y, jnp.float32, c=20.0)
     # Of one value, or two, what is rounded is multiplied by the root of 1 / epsilon.
-    got = gradients(NORMS[name], "native")(x, scale, bias)
+    got = jax.jit(gradients(NORMS[name], "native"))(x, scale, bias)
     few = shape[-1] == 1
     for g, w in zip(got, want, strict=True):
         assert_near(g, w, jnp.float32, c=1e3 if few else 200.0)
@@ -575,32 +578,31 @@ def test_sums_alone_give_what_whole_kernels_give(name, dtype, monkeypatch):
 
     def found():
         one = gradients(norm, "native")
-        many = jax.vmap(one, axes)(jnp.stack([x, x * 2]), SCALE, jnp.stack([BIAS] * 2))
-        y = norm(x, SCALE, BIAS, implementation="native")
-        return jax.device_get((y, one(x, SCALE, BIAS), many))
+        two = jnp.stack([x, x * 2]), SCALE, jnp.stack([BIAS] * 2)
+        many = jax.jit(jax.vmap(one, axes))(*two)
+        y = jax.jit(functools.partial(norm, implementation="native"))(x, SCALE, BIAS)
+        return jax.device_get((y, jax.jit(one)(x, SCALE, BIAS), many))
 
     whole = found()
-    jax.clear_caches()
     monkeypatch.setattr(library, "_LARGE", {"one": 0, "several": 0})
     f = functools.partial(loss, norm, "native")
     text = jax.jit(jax.grad(f)).lower(x, SCALE, BIAS).compile().as_text()
     assert '"normjax_sums"' in text and '"normjax_moments"' in text
     alone = found()
-    jax.clear_caches()
     for a, w in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True):
         assert_near(a, np.asarray(w, np.float64), a.dtype, c=20.0)
+
+    def cubed(x, implementation):
+        return (NORMS[name](x, None, None, implementation=implementation) ** 3).sum()
+
+    back = jax.jit(jax.grad(cubed), static_argnums=1)
     for size in (1e30, 1e-30):  # squares that overflow, and that vanish
         with jax.enable_x64(True):
-            exact = jax.grad(lambda x: (NORMS[name](x, None, None) ** 3).sum())
-            want = jax.device_get(exact(jnp.asarray(np.asarray(X, np.float64) * size)))
-
-        def cubed(x):
-            return (NORMS[name](x, None, None, implementation="native") ** 3).sum()
-
-        got = jax.jit(jax.grad(cubed))((X * size).astype(jnp.float32))
+            x = jnp.asarray(np.asarray(X, np.float64) * size)
+            want = jax.device_get(back(x, "xla"))
+        got = back((X * size).astype(jnp.float32), "native")
         atol = 1e-4 * np.abs(want).max() + float(np.finfo(np.float32).tiny)
         np.testing.assert_allclose(got, want, rtol=0, atol=atol)
-    jax.clear_caches()
 
 
 @needs_native
@@ -734,25 +736,22 @@ def test_the_body_for_gpus_is_the_formula(norm, dtype, monkeypatch):
         return _operations._forward_on_gpu(how, *operands)
 
     monkeypatch.setattr(_operations._forward, "_body", on_gpu)
-    jax.clear_caches()
+    options = {"implementation": "xla", "dtype": jnp.float32}
+    f = jax.jit(lambda x: norm(x, SCALE, BIAS, **options))
     for x in (X, X * 1e30, X * 1e-30, X * 0 + 7, X + 1e4):
         x = x.astype(dtype)
         if not jnp.isfinite(x).all():  # beyond float16
             continue
-        options = {"implementation": "xla", "dtype": jnp.float32}
-        got = jax.jit(lambda x: norm(x, SCALE, BIAS, **options))(x)  # noqa: B023
+        got = f(x)
         want = in_float64(norm, x, SCALE, BIAS)[0]
         assert_near(got, want, jnp.float32, c=20.0)
     assert asked
-    jax.clear_caches()
 
 
 def test_the_body_for_gpus_leaves_groups_of_features_to_the_other(monkeypatch):
     monkeypatch.setattr(_operations._forward, "_body", _operations._forward_on_gpu)
-    jax.clear_caches()
     norm = functools.partial(normjax.group_norm, num_groups=2)
     want = in_float64(norm, X[0], SCALE, BIAS)[0]
-    got = norm(X[0], SCALE, BIAS, implementation="xla")
+    got = jax.jit(functools.partial(norm, implementation="xla"))(X[0], SCALE, BIAS)
     assert_near(got, want, jnp.float32)
     assert np.ptp(got) > 1
-    jax.clear_caches()

@@ -71,7 +71,7 @@ def test_fields_and_arguments_are_flaxs(name):
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), combined(CASES, ["float32", "bfloat16", "float16"])
+    ("case", "dtype"), combined(CASES, ["float32", "bfloat16", "float16"], one_of=3)
 )
 def test_module_is_flaxs(case, dtype):
     """Variables by name, shape and dtype; outputs, gradients and new statistics."""
@@ -357,8 +357,9 @@ def test_training_on_eight_devices_is_training_on_one(way):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("kind", "masked"), combined([AxisType.Auto, AxisType.Explicit], [False, True])
+)
 def test_sharded_channels(kind, masked):
     """Channels split over devices: every module, and its gradient."""
     x, mask = normal((3, 16, 8)), None

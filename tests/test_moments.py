@@ -329,6 +329,7 @@ def test_sync_ignores_how_the_batch_is_split(context, mask, bytes_, monkeypatch)
         [c for c in MAPPED if c != "partial manual"],
         ["plain", "masked", "complex and weighted"],
         ["one all-reduce", "two", "apart"],
+        one_of=3,
     ),
 )
 def test_sync_of_sub_groups_is_that_of_each_alone(context, kind, how, monkeypatch):
