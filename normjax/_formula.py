@@ -92,7 +92,7 @@ def tangent(
         if scale is not None:
             of_x_hat = lax.optimization_barrier(scale_dot + of_x_hat)
         y_dot = added(product(of_x_dot, x_dot), product(x_hat(2), of_x_hat))
-        if r.centered or bias is not None:
+        if r.centered:  # an uncentered norm has no bias
             of_one = -product(of_averages, a)
             if bias is not None:
                 of_one = lax.optimization_barrier(added(bias_dot, of_one))

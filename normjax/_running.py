@@ -210,7 +210,8 @@ class RunningMoments:
           >>> normjax.RunningMoments.init((1,)).update(m).read().var
           Array([2.], dtype=float32)
         """
-        if _check.is_concrete(self.weight) and not np.any(np.asarray(self.weight) > 0):
+        weight = np.asarray(self.weight) if _check.is_concrete(self.weight) else None
+        if weight is not None and weight.size and not np.any(weight > 0):
             raise _check.error(
                 ValueError,
                 "RunningMoments.read",

@@ -107,6 +107,34 @@ def test_synced_norms_of_large_values_are_those_of_the_whole(norm, bytes_, monke
     jax.clear_caches()  # of what was traced with the other limit
 
 
+def test_a_variance_of_float64_beyond_float32_normalizes_float32():
+    x = data("float32", (64, 3))
+    with jax.enable_x64(True):
+        m = normjax.moments(jnp.asarray(x, jnp.float64), 0)
+        large = normjax.Moments(m.count, m.mean * 2.0**120, m.var * 2.0**240)
+        small = normjax.Moments(m.count, m.mean * 2.0**20, m.var * 2.0**40)
+        got, want = (
+            normjax.normalize(x * size, of, epsilon=1e-5)
+            for size, of in ((2.0**120, large), (2.0**20, small))
+        )
+    assert got.dtype == jnp.float32
+    close(got, want, 1e-6)
+
+
+def test_a_gradient_leaves_moments_as_users_see_them():
+    """Of masked values too, whose variance is beyond their dtype."""
+    x, where = data("float32") * 2.0**100, masks("masked")
+
+    def loss(x):
+        y, m = normjax.batch_norm(x, where=where)
+        return y.sum(), m
+
+    (_, got), _ = jax.value_and_grad(loss, has_aux=True)(x)
+    _, want = loss(x)
+    assert (got.var == jnp.inf).all()
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_moments_and_what_merges_are_right_up_to_the_largest_value():
     x = data("float32", (64, 3))
     top = float(jnp.finfo(jnp.float32).max)

@@ -102,6 +102,14 @@ def test_module_is_flaxs(case, dtype):
         np.testing.assert_allclose(a, b, rtol=0, atol=(4 * coarse + 1e-5) * size)
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_a_mask_of_one_value_is_for_all(value):
+    """Of one axis less too, where it lines up with all of them alike."""
+    x, module = normal((3, 4, 5)), linen.LayerNorm(use_scale=False, use_bias=False)
+    y = module.apply({}, x, mask=jnp.full((1, 1), value))
+    np.testing.assert_allclose(y, module.apply({}, x) * value, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "fields"), CASES[:5])
 def test_masked_module_is_flaxs_where_the_mask_is_true(name, fields):
     x = normal((3, 4, 5, 6))

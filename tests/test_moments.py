@@ -452,6 +452,17 @@ def test_two_collectives_correct_the_rounding_of_the_mean(monkeypatch):
     np.testing.assert_allclose(m.var[:, 0], [wide.var(0)] * 8, rtol=2e-6)
 
 
+@pytest.mark.parametrize("bytes_", [_devices.ONE_ALL_REDUCE_BYTES, 0])
+def test_where_no_device_counts_anything_the_variance_is_1(bytes_, monkeypatch):
+    monkeypatch.setattr(_devices, "ONE_ALL_REDUCE_BYTES", bytes_)
+    where = jnp.zeros((8, 4, 3), bool).at[:, :, 0].set(True)
+    take = functools.partial(normjax.moments, axis=0, axis_name="d")
+    f = jax.jit(jax.vmap(lambda x, w: take(x, where=w), axis_name="d"))
+    m = f(normal((8, 4, 3)), where)
+    np.testing.assert_array_equal(m.count[:, 0], [[32, 0, 0]] * 8)
+    assert (m.mean[..., 1:] == 0).all() and (m.var[..., 1:] == 1).all()
+
+
 def test_moments_alike_stay_what_they_are_in_a_stream():
     """Shares of two counts do not add up to 1, and what they miss is made up for."""
     counts = np.random.default_rng(0).integers(1, 99, (4096, 64)).astype(np.float32)

@@ -499,3 +499,9 @@ def test_counts_of_a_model_that_was_cast_as_a_whole(system, name):
         " bfloat16, which counts no further than 256. Pass batch_stats with"
         f" {name}.astype(jnp.float32)."
     )
+
+
+def test_no_features_are_features():
+    _, m = normjax.batch_norm(jnp.zeros((3, 0)))
+    running = normjax.RunningMoments.init((0,)).update(m, momentum=0.9)
+    assert running.read().var.shape == (0,)
