@@ -132,18 +132,50 @@ def _tangent_body(
 def _cotangent_native(how: How, x, scale, bias, mean, rest, var, dy, *_):
     m = _kept(how, x, mean, rest, var)
     if library.leaves_arrays(how, x, scale, bias):
-        return _from_sums(how, x, scale, bias, m, dy)
+        found = library.sums(how, x, scale, bias, m, dy)
+        return _from_sums(how, x, scale, bias, m, dy, found)
     return library.backward(how, x, scale, bias, m, dy)
 
 
-def _from_sums(how: How, x, scale, bias, m: Kept, dy):
-    """The cotangents where the library takes the sums alone.
+def _cotangent_on_gpu(how: How, *operands):
+    """The body, with sums of the columns of samples in two steps.
+
+    A sum over all of a column is the work of few threads, so that XLA stores dy * x_hat
+    first, in float32. Sums of many short pieces it takes as it computes what they are
+    of. The columns of a whole batch it cuts into pieces by itself.
+    """
+    x, scale, bias, mean, rest, var, dy, *of_moments = operands
+    *others, last = [a for a in how.r.axes if x.shape[a] > 1] or [0]
+    samples = (n for a, n in enumerate(x.shape[:-1]) if a not in how.r.axes)
+    are_columns = others and x.ndim - 1 not in how.r.axes and math.prod(samples) > 1
+    alike = all(
+        a is None or all(a.shape[i] == 1 for i in how.r.axes) for a in (scale, bias)
+    )
+    alone = dy is not None and all(ct is None for ct in of_moments)
+    is_single = how.statistics_dtype(x) == jnp.float32
+    if not (are_columns and alike and alone and is_single):
+        return _cotangent_body(how, *operands)
+    # As in `_cotangent_body`.
+    x, mean, rest, var, dy = lax.optimization_barrier((x, mean, rest, var, dy))
+    m = _kept(how, x, mean, rest, var)
+    wide, wide_dy = (widened(a, jnp.float32) for a in (x, dy))
+    x_hat = standardized(wide, m, how.r.centered, rstd_of(m.var, how.epsilon), 1)
+
+    def total(a):
+        short = lax.optimization_barrier(a.sum(last, keepdims=True))
+        return short.sum(others, keepdims=True)
+
+    found = total(wide_dy * x_hat), total(wide_dy)
+    return _from_sums(how, x, scale, bias, m, dy, found)
+
+
+def _from_sums(how: How, x, scale, bias, m: Kept, dy, found):
+    """The cotangents from the sums of dy * x_hat and of dy of each channel.
 
         dx = scale * rstd * dy - rstd * (a + x_hat * c)
 
     with a and c the averages of scale * dy and of scale * dy * x_hat.
     """
-    found = library.sums(how, x, scale, bias, m, dy)
     # As in `_cotangent_body`.
     x, m, dy = lax.optimization_barrier((x, m, dy))
     r, (x_dtype, x, dy) = how.r, (x.dtype, *(widened(a, jnp.float32) for a in (x, dy)))
@@ -200,6 +232,7 @@ _cotangents = Operation(
     _cotangent_body,
     lambda how, *of: [(a.shape, a.dtype) for a in of[:3] if a is not None],
     Native(library.why_not_backward, _cotangent_native),
+    bodies={"cuda": _cotangent_on_gpu, "rocm": _cotangent_on_gpu},
 )
 _again = Operation(
     "norm_again",

@@ -755,3 +755,29 @@ def test_the_body_for_gpus_leaves_groups_of_features_to_the_other(monkeypatch):
     got = jax.jit(functools.partial(norm, implementation="xla"))(X[0], SCALE, BIAS)
     assert_near(got, want, jnp.float32)
     assert np.ptp(got) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["instance", "group", "ghost", "batch"])
+def test_the_backward_body_for_gpus_is_that_of_the_formula(name, dtype, monkeypatch):
+    """Also where a sample, or a position, has a scale of its own."""
+    sums = []
+
+    def from_sums(how, *operands):
+        sums.append(how)
+        return of_sums(how, *operands)
+
+    of_sums = _operations._from_sums
+    monkeypatch.setattr(_operations, "_from_sums", from_sums)
+    monkeypatch.setattr(_operations._cotangents, "_body", _operations._cotangent_on_gpu)
+    x = (jax.random.normal(KEY, (4, 5, 3, 8)) * 2 + 3).astype(dtype)
+    norm = functools.partial(NORMS[name], dtype=jnp.float32)
+    scales = [(8,), (4, 1, 1, 8), (1, 5, 3, 8)]
+    for shape in scales[: 1 if name in ("batch", "ghost") else 3]:
+        scale = jnp.cos(jnp.arange(np.prod(shape), dtype=jnp.float32)).reshape(shape)
+        want = in_float64(norm, x, scale, scale - 1)[1:]
+        got = jax.jit(gradients(norm, "xla"))(x, scale, scale - 1)
+        for g, w, of in zip(got, want, (dtype, jnp.float32, jnp.float32), strict=True):
+            assert g.shape == w.shape and g.dtype == of
+            assert_near(g, w, of, c=40.0)
+    assert len(sums) == {"batch": 0, "ghost": 1}.get(name, 2)
