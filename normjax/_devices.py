@@ -227,10 +227,10 @@ def _unpacked(packed: jax.Array, like: list, axis: int = 0) -> list:
     ]
 
 
-def average(terms: list, count: jax.Array, r: Reduction) -> list:
-    """Averages terms of the shape of x over a reduction, all in one all-reduce.
+def totals(terms: list, r: Reduction) -> list:
+    """Adds up terms of the shape of x over a reduction, all in one all-reduce.
 
-    Each average broadcasts against x, as the moments do; 0 where nothing was counted.
+    Each total broadcasts against x, as the moments do.
     """
     terms = [t.sum(r.axes, keepdims=True) for t in terms]
     shape = terms[0].shape
@@ -243,4 +243,9 @@ def average(terms: list, count: jax.Array, r: Reduction) -> list:
         terms = _added_up(terms, r)
     if r.group_axes:
         terms = [_axes.join_groups(t, r.group_axes, shape) for t in terms]
-    return [divided(t, count) for t in terms]
+    return terms
+
+
+def average(terms: list, count: jax.Array, r: Reduction) -> list:
+    """`totals`, over a count; 0 where nothing was counted."""
+    return [divided(t, count) for t in totals(terms, r)]

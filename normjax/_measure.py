@@ -11,7 +11,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from normjax import _axes, _check
-from normjax._devices import Reduction, across_devices, average, counts_of
+from normjax._devices import (
+    Reduction,
+    across_devices,
+    average,
+    counts_of,
+    totals,
+)
 from normjax._moments import (
     SUMMED,
     Moments,
@@ -19,7 +25,6 @@ from normjax._moments import (
     held,
     in_two_parts,
     laid_like,
-    merged,
     near_of,
     opened,
     rstd_of,
@@ -55,26 +60,24 @@ _FRACTION, _FEWEST, _LANES = 32, 16, 128
 def take(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
     """Takes the moments of x, to broadcast against x.
 
-    First over the axes, channel by channel; then channels merge into groups, and
-    devices into one batch. The variance is as `unit_of` says.
+    First on each device; then devices merge into one batch. The variance is as
+    `unit_of` says.
     """
-    m = _local(x, where, r, dtype)
+    m = _local(x, where, r._replace(names=(), groups=()), dtype)
     m = laid_like(m, m.mean)  # a count without a mask lies nowhere yet
-    if r.group_axes:
-        members = jax.tree.map(
-            lambda a: _axes.split_groups(a, r.group_axes, r.num_groups), m
-        )
-        m = merged(members, -1)
-    if r.names:
+    if r.names and r.group_axes:
+        # Of the members of a group, which have the same, one travels.
+        axes, groups, shape = r.group_axes, r.num_groups, m.mean.shape
+        m = jax.tree.map(lambda a: _axes.split_groups(a, axes, groups)[..., :1], m)
         m = across_devices(m, r, counts_of(where))
-    if r.group_axes:
-        shape = tuple(1 if a in r.axes else n for a, n in enumerate(x.shape))
-        m = jax.tree.map(lambda a: _axes.join_groups(a, r.group_axes, shape), m)
-    return m
+        return jax.tree.map(lambda a: _axes.join_groups(a, axes, shape), m)
+    return across_devices(m, r, counts_of(where)) if r.names else m
 
 
 def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> Moments:
-    """Moments over r.axes: the mean, then the distances from it and their squares.
+    """Moments on a device: the mean, then the distances from it and their squares.
+
+    Sums are taken channel by channel, and then of the channels of a group.
 
     E[x**2] - E[x]**2 in float32 loses all digits when mean / std is large.
 
@@ -96,8 +99,8 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
     two, one = (functools.partial(_in_double, r=r, passes=n) for n in (2, 1))
     forms = {"cpu": two, "cuda": one, "rocm": one}
     sizes = [x.shape[a] for a in r.axes]
-    known = all(isinstance(n, int) and n > 0 for n in sizes)
-    if where is None and known and (r.whole or _axes.are_whole()):
+    several = sizes and all(isinstance(n, int) and n > 0 for n in sizes)
+    if where is None and several and (r.whole or _axes.are_whole()):
         in_dtype = functools.partial(in_dtype, sampled=True)
     return lax.platform_dependent(x, where, **forms, default=in_dtype)
 
@@ -115,7 +118,7 @@ def _in_double(
     with jax.enable_x64(True):
 
         def total(a):
-            return weighed(widened(a, jnp.float64), where).sum(r.axes, keepdims=True)
+            return totals([weighed(widened(a, jnp.float64), where)], r)[0]
 
         def in_two_parts(a, dtype):
             near = lax.convert_element_type(a, dtype)
@@ -123,14 +126,15 @@ def _in_double(
             return near, lax.convert_element_type(lost, dtype)
 
         if where is None:
-            n = jnp.asarray(math.prod(x.shape[a] for a in r.axes)).astype(jnp.float64)
+            n = jnp.asarray(_size(x, r)).astype(jnp.float64)
             n = squares = jnp.broadcast_to(n, _reduced(x.shape, r.axes))
         else:
             weights = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
             weights = weights.astype(jnp.float64)
-            n = squares = weights.sum(r.axes, keepdims=True)
+            (n,) = totals([weights], r)
+            squares = n
             if where.dtype != jnp.bool_:
-                squares = jnp.square(weights).sum(r.axes, keepdims=True)
+                (squares,) = totals([jnp.square(weights)], r)
         off = x.astype(single)
         if r.centered:
             middle = divided(total(off), n)
@@ -178,7 +182,7 @@ def _in_dtype(
     x, seen = widened(x, dtype), widened(seen, dtype)
 
     def average(a):
-        return divided(weighed(a, where).sum(r.axes, keepdims=True), count)
+        return divided(totals([weighed(a, where)], r)[0], count)
 
     def off(use):  # one for each use, with its own copies: see `own`
         if not r.centered:
@@ -186,11 +190,11 @@ def _in_dtype(
         # Half of each distance: between two values it may lie beyond their dtype.
         return counted(lax.sub(scaled(x, 0.5), own(scaled(near, 0.5), use)), where)
 
-    count, carry = _count(x, where, r.axes, dtype)
+    count, carry = _count(x, where, r, dtype)
     squares = count
     if where is not None and where.dtype != jnp.bool_:
         squares = jnp.broadcast_to(where.astype(dtype), x.shape)
-        squares = jnp.square(squares).sum(r.axes, keepdims=True)
+        (squares,) = totals([jnp.square(squares)], r)
     near, rest = jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
     if r.centered:
         near = average(product(seen, summed))
@@ -235,22 +239,26 @@ def _reduced(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(1 if a in axes else n for a, n in enumerate(shape))
 
 
-def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: Any):
+def _size(x: jax.Array, r: Reduction) -> Any:
+    """How many values each moment is of; a symbolic size may be among the factors."""
+    in_group = math.prod(x.shape[a] for a in r.group_axes) // (r.num_groups or 1)
+    return in_group * math.prod(x.shape[a] for a in r.axes)
+
+
+def _count(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any):
     """Counts values, as (count, carry) with the shape of the moments."""
-    shape = _reduced(x.shape, axes)
-    n = math.prod(x.shape[a] for a in axes)
+    shape, n = _reduced(x.shape, r.axes), _size(x, r)
     if where is None and isinstance(n, int):
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)
         return jnp.broadcast_to(count, shape), jnp.broadcast_to(carry, shape)
     if where is not None:
         where = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
-        if where.dtype != jnp.bool_:
-            count = where.sum(axes, keepdims=True, dtype=dtype)
-            return count, jnp.zeros_like(count)
-        if isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps:
+        if where.dtype != jnp.bool_ or (
             # It shares the all-reduce of the sums in the dtype of statistics.
-            count = where.sum(axes, keepdims=True, dtype=dtype)
+            isinstance(n, int) and n < 1 / jnp.finfo(dtype).eps
+        ):
+            (count,) = totals([where.astype(dtype)], r)
             return count, jnp.zeros_like(count)
     # Of 2**31 values and more, or of as many as jax.export leaves open.
     few = isinstance(n, int) and n < 2**31
@@ -258,9 +266,7 @@ def _count(x: jax.Array, where: jax.Array | None, axes: tuple[int, ...], dtype: 
         if where is None:
             total = jnp.broadcast_to(jnp.asarray(n), shape)
         else:
-            total = where.sum(
-                axes, keepdims=True, dtype=jnp.int32 if few else jnp.int64
-            )
+            (total,) = totals([where.astype(jnp.int32 if few else jnp.int64)], r)
         count = total.astype(dtype)
         return count, (total - count.astype(total.dtype)).astype(dtype)
 

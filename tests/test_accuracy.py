@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import mesh
+from jax.sharding import NamedSharding, PartitionSpec
 
 import normjax
 from normjax import _devices, _measure
@@ -90,3 +92,40 @@ def test_a_sample_that_is_far_from_the_rest_costs_few_digits(shape, axes, far):
 def test_the_bar_finds_what_flax_loses():
     found, bars = accuracy.errors("layer", "1e3", "flax"), accuracy.bar("layer", "1e3")
     assert found["y"] > 100 * bars["y"]
+
+
+def lowered_for_a_tpu(f, *arguments):
+    return jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_sample_is_of_whole_arrays_that_all_count():
+    """Of divided ones it would take a collective more; one of padding tells nothing."""
+    x = jnp.ones((64, 2, 8))
+    assert "stablehlo.slice" in lowered_for_a_tpu(normjax.batch_norm, x)
+    over = NamedSharding(mesh((8,), ("d",)), PartitionSpec("d"))
+    divided = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over)
+    assert "stablehlo.slice" not in lowered_for_a_tpu(normjax.batch_norm, divided)
+
+    def masked(x):
+        return normjax.batch_norm(x, where=x > 0)
+
+    assert "stablehlo.slice" not in lowered_for_a_tpu(masked, x)
+
+    def synced(x):
+        return normjax.moments(x, (0, 1), axis_name="d").var
+
+    of = {"mesh": mesh((8,), ("d",)), "in_specs": over.spec, "out_specs": over.spec}
+    assert "stablehlo.slice" in lowered_for_a_tpu(jax.shard_map(synced, **of), x)
+
+
+@pytest.mark.parametrize(
+    "shape, axes",
+    [((4, 3), ()), ((4, 1), (1,)), ((1, 1, 1, 3), (1, 2)), ((0, 3), (0,))],
+)
+def test_of_few_values_or_none_there_is_a_program_for_a_tpu(shape, axes):
+    def f(x):
+        return normjax.moments(x, axes).var if axes else normjax.instance_norm(x)
+
+    one, spec = mesh((1,), ("d",)), PartitionSpec()
+    f = jax.shard_map(f, mesh=one, in_specs=spec, out_specs=spec)
+    assert "func.func public @main" in lowered_for_a_tpu(f, jnp.ones(shape))

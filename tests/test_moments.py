@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import normjax
 from normjax import _devices, _measure
 
+OVER = _devices.Reduction((0, 1))
+
 pytestmark = pytest.mark.usefixtures("strict")
 
 
@@ -150,11 +152,11 @@ def test_merge_along_an_axis_adds_counts_exactly(counts):
 def test_counts_of_large_arrays_are_exact():
     shape = jax.ShapeDtypeStruct((2**12 + 1, 2**13, 1), jnp.float32)
     where = jax.ShapeDtypeStruct((2**12 + 1, 2**13, 1), bool)
-    count, carry = _measure._count(shape, None, (0, 1), jnp.float32)
+    count, carry = _measure._count(shape, None, OVER, jnp.float32)
     total = (2**12 + 1) * 2**13
     assert int(count[0, 0, 0]) + int(carry[0, 0, 0]) == total
     count, carry = jax.jit(
-        lambda: _measure._count(shape, jnp.ones(where.shape, bool), (0, 1), jnp.float32)
+        lambda: _measure._count(shape, jnp.ones(where.shape, bool), OVER, jnp.float32)
     )()
     assert int(count[0, 0, 0]) + int(carry[0, 0, 0]) == total
 
@@ -241,9 +243,9 @@ def test_counts_neither_wrap_nor_stop():
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     for mask in (None, jnp.ones((1, 1, 2), bool)):
         count, carry = (
-            _measure._count(x, mask, (0, 1), jnp.float32)
+            _measure._count(x, mask, OVER, jnp.float32)
             if mask is None
-            else jax.jit(lambda m: _measure._count(x, m, (0, 1), jnp.float32))(mask)
+            else jax.jit(lambda m: _measure._count(x, m, OVER, jnp.float32))(mask)
         )
         total = np.asarray(count, np.float64) + np.asarray(carry, np.float64)
         np.testing.assert_array_equal(total, np.full((1, 1, 2), float(n)))
