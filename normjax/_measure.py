@@ -98,9 +98,7 @@ def _local(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any) -> M
         return in_dtype(x, where)
     two, one = (functools.partial(_in_double, r=r, passes=n) for n in (2, 1))
     forms = {"cpu": two, "cuda": one, "rocm": one}
-    sizes = [x.shape[a] for a in r.axes]
-    several = sizes and all(isinstance(n, int) and n > 0 for n in sizes)
-    if where is None and several and (r.whole or _axes.are_whole()):
+    if where is None and _has_sample(x, r):
         in_dtype = functools.partial(in_dtype, sampled=True)
     return lax.platform_dependent(x, where, **forms, default=in_dtype)
 
@@ -215,18 +213,38 @@ def _in_dtype(
     return Moments(count, mean, var, carry, rest, squares=squares)
 
 
+def _has_sample(x: jax.Array, r: Reduction) -> bool:
+    """Whether a part of x is at hand, without another collective to get it.
+
+    It may lie on other devices, but for axes that are seldom divided among them.
+    """
+    sizes = [x.shape[a] for a in r.axes]
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        return False
+    if r.whole or _axes.are_whole():
+        return True
+    inside = 0 < _sampled(x, r.axes) < x.ndim - 1
+    return inside and not _axes.is_on_explicit_mesh(x)
+
+
+def _sampled(x: jax.Array, axes: tuple[int, ...]) -> int:
+    """The axis along which a sample is taken.
+
+    The last but one of those that are summed over, which no compiler lays out as the
+    last of memory; of rows, the row.
+    """
+    over = [a for a in axes if x.shape[a] > 1 and a < x.ndim - 1] or axes
+    return over[max(len(over) - 2, 0)]
+
+
 def _sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Some of the values that each mean is of: at least one of 33.
 
     Whatever the values, the mean of a fraction f of them is off the mean of all by
     sqrt(1 / f - 1) of their std at most. So `E[d**2] - E[d]**2` of distances d from it
     loses at most eps / f of the variance.
-
-    Entries of the last but one of the axes that are summed over, which no compiler lays
-    out as the last of memory, or, of rows, the first values.
     """
-    over = [a for a in axes if x.shape[a] > 1 and a < x.ndim - 1] or axes
-    axis = over[max(len(over) - 2, 0)]
+    axis = _sampled(x, axes)
     n = x.shape[axis]
     if axis == x.ndim - 1:
         return lax.slice_in_dim(x, 0, min(n, max(n // _FRACTION, _LANES)), axis=axis)

@@ -98,13 +98,16 @@ def lowered_for_a_tpu(f, *arguments):
     return jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
 
 
-def test_a_sample_is_of_whole_arrays_that_all_count():
-    """Of divided ones it would take a collective more; one of padding tells nothing."""
+def test_a_sample_is_of_what_is_at_hand_and_counts():
+    """Of divided axes it could take collectives; one of padding tells nothing."""
     x = jnp.ones((64, 2, 8))
     assert "stablehlo.slice" in lowered_for_a_tpu(normjax.batch_norm, x)
     over = NamedSharding(mesh((8,), ("d",)), PartitionSpec("d"))
     divided = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over)
     assert "stablehlo.slice" not in lowered_for_a_tpu(normjax.batch_norm, divided)
+    assert "stablehlo.slice" not in lowered_for_a_tpu(normjax.layer_norm, divided)
+    images = jax.ShapeDtypeStruct((64, 4, 4, 8), x.dtype, sharding=over)
+    assert "stablehlo.slice" in lowered_for_a_tpu(normjax.batch_norm, images)
 
     def masked(x):
         return normjax.batch_norm(x, where=x > 0)
