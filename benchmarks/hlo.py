@@ -222,7 +222,7 @@ def _read(i: Instruction, types: dict, parts: dict) -> list[tuple[int, int]]:
                 whole.add(i.operands[numbers[name]])
     found = [(size(t), size(t, True)) for t in (types.get(n, "") for n in whole)]
     for name in slices.keys() - whole:
-        of = sum(slices[name])
+        of = min(sum(slices[name]), size(types.get(name, "")))  # they may overlap
         found.append((of, of if size(types.get(name, ""), True) else 0))
     return found
 

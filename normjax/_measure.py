@@ -52,8 +52,8 @@ from normjax._numbers import (
 )
 from normjax._types import ArrayLike, Axes, AxisNames, Groups
 
-# A sample has one of so many values, no fewer than a single one of them could rule, and
-# of a row no fewer than a TPU adds up at once.
+# A sample has one value in 32, but at least 16, so that no single one decides its mean,
+# and of a row at least 128, the width of a TPU's vectors.
 _FRACTION, _FEWEST, _LANES = 32, 16, 128
 
 
@@ -171,8 +171,9 @@ def _in_dtype(
     dtype: Any,
     sampled: bool = False,
 ) -> Moments:
-    """Moments in a dtype, from sums in it: of distances from the mean of all values or,
-    in one pass less, of a sample of them.
+    """Moments in a dtype, from sums in it of distances from an estimate of the mean.
+
+    That of all values or, where ``sampled``, of a sample, which saves a pass.
     """
     summed, unit = hidden([SUMMED, small_unit(dtype)], dtype)
     may_overflow = 2 * jnp.finfo(x.dtype).maxexp > jnp.finfo(dtype).maxexp
@@ -193,20 +194,23 @@ def _in_dtype(
     if where is not None and where.dtype != jnp.bool_:
         squares = jnp.broadcast_to(where.astype(dtype), x.shape)
         (squares,) = totals([jnp.square(squares)], r)
-    near, rest = jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
+    near, half = jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
     if r.centered:
         near = average(product(seen, summed))
-        near = near_of(scaled(near, x.size / seen.size) if sampled else near)
-        rest = product(average(product(off(1), summed)), scaled(inverse(summed), 2))
+        if sampled:
+            axis = _sampled(x, r.axes)
+            near = scaled(near, x.shape[axis] / seen.shape[axis])
+        near = near_of(near)
+        half = product(average(product(off(1), summed)), inverse(summed))
     by = 4 if r.centered else 1
-    var = lax.sub(scaled(average(squared(off(2))), by), squared(rest))
+    var = scaled(lax.sub(average(squared(off(2))), squared(half)), by)
     var = lax.max(var, jnp.zeros_like(var))
     if may_overflow:
-        large = scaled(average(squared(product(off(4), unit))), by)
-        large = lax.sub(large, squared(product(rest, unit)))
+        large = average(squared(product(off(4), unit)))
+        large = scaled(lax.sub(large, squared(product(half, unit))), by)
         var = held(var, large)
     if r.centered:
-        mean, rest = in_two_parts(near, rest)
+        mean, rest = (scaled(a, 2) for a in in_two_parts(scaled(near, 0.5), half))
     else:
         mean = rest = jnp.zeros_like(var, dtype=x.dtype)
     var = lax.add(var, is_zero(count))
@@ -230,8 +234,8 @@ def _has_sample(x: jax.Array, r: Reduction) -> bool:
 def _sampled(x: jax.Array, axes: tuple[int, ...]) -> int:
     """The axis along which a sample is taken.
 
-    The last but one of those that are summed over, which no compiler lays out as the
-    last of memory; of rows, the row.
+    Not the last of x, and the last but one of the others where there are several, since
+    compilers rarely lay that out as the last of memory; of rows, the row.
     """
     over = [a for a in axes if x.shape[a] > 1 and a < x.ndim - 1] or axes
     return over[max(len(over) - 2, 0)]

@@ -141,19 +141,20 @@ def _cotangent_on_gpu(how: How, *operands):
     """The body, with sums of the columns of samples in two steps.
 
     A sum over all of a column is the work of few threads, so that XLA stores dy * x_hat
-    first, in float32. Sums of many short pieces it takes as it computes what they are
-    of. The columns of a whole batch it cuts into pieces by itself.
+    first, in float32. Many short sums it fuses with the product that they add up. The
+    columns of a whole batch it cuts into pieces by itself. Where `jit` divides the axis
+    that is cut, the short sums cross the devices, which are more than the long ones.
     """
     x, scale, bias, mean, rest, var, dy, *of_moments = operands
-    *others, last = [a for a in how.r.axes if x.shape[a] > 1] or [0]
-    samples = (n for a, n in enumerate(x.shape[:-1]) if a not in how.r.axes)
-    are_columns = others and x.ndim - 1 not in how.r.axes and math.prod(samples) > 1
-    alike = all(
-        a is None or all(a.shape[i] == 1 for i in how.r.axes) for a in (scale, bias)
-    )
+    axes, shape = how.r.axes, x.shape
+    *_, last = [a for a in axes if shape[a] > 1] or [0]
+    pieces = [n for n in range(16, 257) if shape[last] % n == 0]
+    samples = (n for a, n in enumerate(shape[:-1]) if a not in axes)
+    are_columns = x.ndim - 1 not in axes and math.prod(samples) > 1
+    alike = all(a is None or all(a.shape[i] == 1 for i in axes) for a in (scale, bias))
     alone = dy is not None and all(ct is None for ct in of_moments)
     is_single = how.statistics_dtype(x) == jnp.float32
-    if not (are_columns and alike and alone and is_single):
+    if not (pieces and are_columns and alike and alone and is_single):
         return _cotangent_body(how, *operands)
     # As in `_cotangent_body`.
     x, mean, rest, var, dy = lax.optimization_barrier((x, mean, rest, var, dy))
@@ -162,8 +163,9 @@ def _cotangent_on_gpu(how: How, *operands):
     x_hat = standardized(wide, m, how.r.centered, rstd_of(m.var, how.epsilon), 1)
 
     def total(a):
-        short = lax.optimization_barrier(a.sum(last, keepdims=True))
-        return short.sum(others, keepdims=True)
+        cut = shape[last] // pieces[-1], pieces[-1]
+        short = a.reshape(*shape[:last], *cut, *shape[last + 1 :]).sum(last + 1)
+        return lax.optimization_barrier(short).sum(axes, keepdims=True)
 
     found = total(wide_dy * x_hat), total(wide_dy)
     return _from_sums(how, x, scale, bias, m, dy, found)

@@ -235,6 +235,14 @@ def test_what_is_on_the_chip_is_no_traffic_off_it():
     assert found == EMPTY._replace(bytes=5 * 400, off_chip=3 * 400, kernels=2)
 
 
+def test_slices_that_overlap_are_no_more_than_the_array():
+    found = of(
+        "%a = f32[12]{0} slice(%x), slice={[0:12]}",
+        "ROOT %r = f32[10]{0} fusion(%a, %x), kind=kLoop, calls=%part",
+    )
+    assert found.bytes == (400 + 48) + (48 + 40 + 40)
+
+
 def test_slices_of_what_is_on_the_chip_are_no_traffic_off_it():
     found = of(
         "%a = f32[100]{0:T(256)S(1)} negate(%x)",

@@ -182,7 +182,8 @@ class Operation:
         if how.implementation == "native" and self._native is not None:
             platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
             raise choice.refused("native", f"a program for {platforms}")
-        how = how.here(_are_whole(ctx))
+        exported = ctx.module_context.lowering_parameters.for_export
+        how = how.here(_are_whole(ctx) and not exported)
         call = functools.partial(_spread_to, body or self._body)
         return mlir.lower_fun(call)(ctx, *values, how=how, there=there)
 
