@@ -45,8 +45,11 @@ CASES = {
     "v5e": ("main", "more", "small", "synced"),
     "v6e": ("main", "synced"),
 }
-# The compiler for a TPU takes minutes for a block of four convolutions.
-STEPS = {"H100": tuple(programs.NETWORKS), "v5e": ("decoder block", "U-Net block")}
+# The compiler for a TPU takes minutes for a block of four convolutions, and for a ViT-B.
+STEPS = {
+    "H100": tuple(programs.NETWORKS),
+    "v5e": ("ViT-B", "decoder block", "U-Net block"),
+}
 QUICK = ("H100", "v5e")
 
 

@@ -157,7 +157,7 @@ def _cotangent_on_gpu(how: How, *operands):
     if not (pieces and are_columns and alike and alone and is_single):
         return _cotangent_body(how, *operands)
     # As in `_cotangent_body`.
-    x, mean, rest, var, dy = lax.optimization_barrier((x, mean, rest, var, dy))
+    x, mean, rest, var = lax.optimization_barrier((x, mean, rest, var))
     m = _kept(how, x, mean, rest, var)
     wide, wide_dy = (widened(a, jnp.float32) for a in (x, dy))
     x_hat = standardized(wide, m, how.r.centered, rstd_of(m.var, how.epsilon), 1)
@@ -203,8 +203,9 @@ def _from_sums(how: How, x, scale, bias, m: Kept, dy, found):
 
 def _cotangent_body(how: How, *operands):
     # The barrier keeps XLA from sharing, and so storing, what forward and backward
-    # both compute.
-    *given, y_ct, mean_ct, rest_ct, held_ct, var_ct = lax.optimization_barrier(operands)
+    # both compute. What makes the cotangents may share a kernel with their sums.
+    *given, y_ct, mean_ct, rest_ct, held_ct, var_ct = operands
+    given = lax.optimization_barrier(given)
     cts = (y_ct, mean_ct, rest_ct, held_ct, var_ct)
 
     def linear(*dots):
