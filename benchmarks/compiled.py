@@ -45,7 +45,7 @@ CASES = {
     "v5e": ("main", "more", "small", "synced"),
     "v6e": ("main", "synced"),
 }
-# The compiler for a TPU takes minutes for a block of four convolutions, and for a ViT-B.
+# The compiler for a TPU takes minutes for four convolutions, and for a ViT-B.
 STEPS = {
     "H100": tuple(programs.NETWORKS),
     "v5e": ("ViT-B", "decoder block", "U-Net block"),
