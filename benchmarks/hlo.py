@@ -210,16 +210,17 @@ def _read(i: Instruction, types: dict, parts: dict) -> list[tuple[int, int]]:
 
     All of it, or the slices that a fusion takes, where it takes nothing else.
     """
-    inside = [c for name in _called(i, "calls") for c in parts.get(name, [])]
+    called = _called(i, "calls") if i.operation == "fusion" else []
+    inside = [c for name in called for c in parts.get(name, [])]
     numbers = {c.name: int(c.operands[0]) for c in inside if c.operation == "parameter"}
-    whole = set() if i.operation == "fusion" and inside else set(i.operands)
-    slices = {}
-    for c in inside if i.operation == "fusion" else []:
-        for name in c.operands if c.operation != "parameter" else [c.name] * c.root:
-            if name in numbers and c.operation == "slice":
-                slices.setdefault(i.operands[numbers[name]], []).append(size(c.type))
-            elif name in numbers:
-                whole.add(i.operands[numbers[name]])
+    whole, slices = set() if inside else set(i.operands), {}
+    for c in inside:
+        for name in numbers.keys() & {*c.operands, c.name if c.root else ""}:
+            operand = i.operands[numbers[name]]
+            if c.operation == "slice":
+                slices.setdefault(operand, []).append(size(c.type))
+            else:
+                whole.add(operand)
     found = [(size(t), size(t, True)) for t in (types.get(n, "") for n in whole)]
     for name in slices.keys() - whole:
         of = min(sum(slices[name]), size(types.get(name, "")))  # they may overlap

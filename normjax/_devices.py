@@ -1,7 +1,8 @@
 """Moments and sums across devices: the only file that talks to named device axes."""
 
 import itertools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,15 @@ class Reduction(NamedTuple):
     groups: tuple[tuple[int, ...], ...] = ()
     centered: bool = True
     whole: bool = False
+
+    def size(self, shape: tuple) -> Any:
+        """How many values of x, of this shape, each moment is of on a device.
+
+        A size that is left open may be among the factors.
+        """
+        in_group = math.prod(shape[a] for a in self.group_axes)
+        in_group //= self.num_groups or 1
+        return in_group * math.prod(shape[a] for a in self.axes)
 
 
 def counts_of(where: jax.Array | None) -> str:

@@ -124,7 +124,7 @@ def _in_double(
             return near, lax.convert_element_type(lost, dtype)
 
         if where is None:
-            n = jnp.asarray(_size(x, r)).astype(jnp.float64)
+            n = jnp.asarray(r.size(x.shape)).astype(jnp.float64)
             n = squares = jnp.broadcast_to(n, _reduced(x.shape, r.axes))
         else:
             weights = jnp.broadcast_to(_axes.sharded_like(where, x), x.shape)
@@ -261,15 +261,9 @@ def _reduced(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(1 if a in axes else n for a, n in enumerate(shape))
 
 
-def _size(x: jax.Array, r: Reduction) -> Any:
-    """How many values each moment is of; a symbolic size may be among the factors."""
-    in_group = math.prod(x.shape[a] for a in r.group_axes) // (r.num_groups or 1)
-    return in_group * math.prod(x.shape[a] for a in r.axes)
-
-
 def _count(x: jax.Array, where: jax.Array | None, r: Reduction, dtype: Any):
     """Counts values, as (count, carry) with the shape of the moments."""
-    shape, n = _reduced(x.shape, r.axes), _size(x, r)
+    shape, n = _reduced(x.shape, r.axes), r.size(x.shape)
     if where is None and isinstance(n, int):
         count = jnp.asarray(n, dtype)
         carry = jnp.asarray(n - int(jnp.finfo(dtype).dtype.type(n)), dtype)

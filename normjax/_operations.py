@@ -46,12 +46,6 @@ class How(NamedTuple):
         """How, in a program whose arrays lie whole on its device, or do not."""
         return self._replace(r=self.r._replace(whole=whole))
 
-    def count(self, shape: tuple[int, ...]) -> int:
-        """How many values of x each moment is of."""
-        in_group = math.prod(shape[a] for a in self.r.group_axes)
-        in_group //= self.r.num_groups or 1
-        return in_group * math.prod(shape[a] for a in self.r.axes)
-
     def statistics_dtype(self, x: Any) -> Any:
         """The dtype of the moments of x."""
         return statistics_dtype(x, self.dtype)
@@ -116,7 +110,7 @@ def _kept(how: How, x, mean, rest, var) -> Kept:
     """What is kept of moments; the means of an uncentered norm, zeros, are not."""
     if not how.r.centered:
         mean = rest = jnp.zeros_like(var)
-    return Kept(jnp.full_like(var, how.count(x.shape)), mean, rest, var)
+    return Kept(jnp.full_like(var, how.r.size(x.shape)), mean, rest, var)
 
 
 def _tangent_body(
@@ -178,7 +172,7 @@ def _from_sums(how: How, x, scale, bias, m: Kept, dy, found):
 
     with a and c the averages of scale * dy and of scale * dy * x_hat.
     """
-    # As in `_cotangent_body`.
+    # So that dx is another kernel, and nothing that it shares with the sums is stored.
     x, m, dy = lax.optimization_barrier((x, m, dy))
     r, (x_dtype, x, dy) = how.r, (x.dtype, *(widened(a, jnp.float32) for a in (x, dy)))
     of_units = rstd_of(m.var, how.epsilon)
@@ -301,7 +295,7 @@ def by_operations(x, scale, bias, r, epsilon, dtype, implementation):
     """A norm by operations that have a form for each machine."""
     how = How(r, epsilon, jnp.dtype(dtype), implementation)
     y, mean, rest, held, var = _forward(how, x, scale, bias)
-    n, dtype = how.count(x.shape), mean.dtype
+    n, dtype = how.r.size(x.shape), mean.dtype
     count = jnp.full(mean.shape, n, dtype)
     carry = jnp.full(mean.shape, n - int(dtype.type(n)), dtype)
     return y, opened(Moments(count, mean, held, carry, rest, squares=count), var)

@@ -130,7 +130,16 @@ def test_a_sample_is_of_what_is_at_hand_and_counts():
 
 @pytest.mark.parametrize(
     "shape, axes",
-    [((4, 3), ()), ((4, 1), (1,)), ((1, 1, 1, 3), (1, 2)), ((0, 3), (0,))],
+    [
+        ((4, 3), ()),
+        ((4, 1), (1,)),
+        ((1, 1, 1, 3), (1, 2)),
+        ((0, 3), (0,)),
+        ((0, 768), (1,)),
+        ((4, 0), (0,)),
+        (("b", 768), (1,)),
+        (("b", 8, 4, 3), (1, 2)),
+    ],
 )
 def test_of_few_values_or_none_there_is_a_program_for_a_tpu(shape, axes):
     def f(x):
@@ -141,7 +150,8 @@ def test_of_few_values_or_none_there_is_a_program_for_a_tpu(shape, axes):
     if "b" in shape:
         shape = (*jax.export.symbolic_shape("b"), *shape[1:])
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        assert jax.export.export(jax.jit(f), platforms=["cpu", "tpu"])(x)
+        exported = jax.export.export(jax.jit(f), platforms=["cpu", "tpu"])(x)
+        assert exported.platforms == ("cpu", "tpu")
     else:
         assert "func.func public @main" in lowered_for_a_tpu(f, jnp.ones(shape))
         assert jax.jit(f)(jnp.ones(shape)).size == math.prod(

@@ -132,6 +132,18 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   ROOT %t.4 = f32[10]{0} add(%t.3, %u.1)
 }
 
+%mixed (v: f32[100], w: f32[100]) -> f32[100] {
+  %v = f32[100]{0} parameter(0)
+  %w = f32[100]{0} parameter(1)
+  %v.1 = f32[10]{0} slice(%v), slice={[0:10]}
+  %v.2 = f32[100]{0} pad(%v.1, %c), padding=0_90
+  ROOT %v.3 = f32[100]{0} add(%v.2, %w)
+}
+
+%itself (k: f32[100]) -> f32[100] {
+  ROOT %k = f32[100]{0} parameter(0)
+}
+
 ENTRY %main (x: f32[100], y: bf16[200], z: f32[]) -> (f32[100], bf16[200], f32[100]) {
   %x = f32[100]{0} parameter(0), metadata={op_name="x (the input)"}
   %y = bf16[200]{0:T(8,128)(2,1)} parameter(1)
@@ -201,9 +213,13 @@ def of(*lines):
             ],
             (800 + 4 * 40, 2),
         ),
-        # Another operand reads all of the same array.
+        # All of an array is read, once, where another use takes all of it.
         (
-            ["ROOT %r = f32[100]{0} fusion(%x), kind=kLoop, calls=%less"],
+            ["ROOT %r = f32[100]{0} fusion(%x, %x), kind=kLoop, calls=%mixed"],
+            (800, 1),
+        ),
+        (
+            ["ROOT %r = f32[100]{0} fusion(%x), kind=kLoop, calls=%itself"],
             (800, 1),
         ),
         (
